@@ -52,7 +52,11 @@ _extension.load()
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name: str) -> Any:
-        """Return `accelerate` or `restore`, imported on first use; raise `AttributeError` for any other name."""
+        """Import and return the function `accelerate` or `restore` of `gpt_fast.integrations.accelerate` on first use.
+
+        The function is also stored in this module, so that later uses do not come here. Any other name raises
+        `AttributeError`.
+        """
         if name in ("accelerate", "restore"):
             from .integrations import accelerate
 
@@ -62,5 +66,5 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
 
 
 def __dir__() -> list[str]:
-    """Return the names in this module, with those that `__getattr__` imports on first use."""
+    """Return the sorted names in this module, also `accelerate` and `restore`, which are imported on first use."""
     return sorted(set(globals()) | set(__all__))

@@ -31,11 +31,15 @@ class Activation(NamedTuple):
     cublaslt: bool = False
 
     def make_module(self) -> nn.Module:
-        """Return a new module of PyTorch that computes this activation."""
+        """Return a new PyTorch module that computes this activation, such as `nn.ReLU()`: `module(**options)`."""
         return self.module(**self.options)
 
     def is_computed_by(self, function: Any) -> bool:
-        """Return True if `function` is PyTorch's function for this activation, or its module with the same options."""
+        """Return True if `function`, a callable or an `nn.Module`, is known to compute this activation.
+
+        A module has to be an instance of this activation's module class whose attributes have the values in `options`.
+        Any other callable has to be the very object in the field `function`, or one of `aliases`.
+        """
         if isinstance(function, nn.Module):
             if not isinstance(function, self.module):
                 return False
@@ -58,9 +62,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def find(user: str, name: str) -> Activation:
-    """Return the `Activation` with this name, such as "gelu".
+    """Return the `Activation` with the name "relu", "gelu" or "gelu_tanh".
 
-    Raises `ValueError` for an unknown name. The message begins with `user`, the name of the caller.
+    Raise `ValueError` for any other `name`. The message begins with `user`, the name of the caller, and lists the valid
+    names.
     """
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{user}: activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")

@@ -19,9 +19,11 @@ class NotWritten(OSError):
 
 @contextmanager
 def writing(path: Path, left: str) -> Iterator[None]:
-    """Raise `NotWritten` for an error of the disk inside the block. Other errors pass.
+    """Raise `NotWritten` in place of an exception in the block that means a full or failing disk.
 
-    The message names `path`, the file that is written, and ends with `left`, which says what the user still has.
+    Other exceptions pass. `number_of` decides by the errno: no space, quota exceeded, file too large, or I/O error. The
+    message names `path`, the file that is written, and ends with `left`, a text on what the user still has. A
+    `NotWritten` from the block passes unchanged. This context manager writes nothing itself.
     """
     try:
         yield
@@ -35,7 +37,11 @@ def writing(path: Path, left: str) -> Iterator[None]:
 
 
 def number_of(error: BaseException) -> int | None:
-    """Return the errno of an error that means a full or failing disk, or None for any other error."""
+    """Return the errno of an error that means a full or failing disk, or None for any other error.
+
+    Such an errno is ENOSPC, EDQUOT, EFBIG or EIO. It is read from "(os error N)" in the message, as libraries in Rust
+    write it, else from the attribute `errno`.
+    """
     found = _OF_RUST.search(str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return number if number in _FAILS else None

@@ -58,8 +58,12 @@ def build_info() -> dict[str, Any] | None:
 def choice() -> Choice | None:
     """Choose the build of the C++ extension for this CPU, without loading it.
 
+    The instruction set in `GPT_FAST_ISA` comes first, if the variable is set and not empty. Next is a build from
+    source. Otherwise it is the best build of the wheel whose instructions this CPU has. The smallest one is chosen if
+    the CPU lacks even its instructions, or if /proc/cpuinfo does not list them.
+
     Returns:
-        The instruction set, the record (see `build_info`) and the reason, or None if none is built.
+        The `Choice` (instruction set, record of the build as a dict, reason as text), or None if no build is there.
 
     Raises:
         ImportError: `GPT_FAST_ISA` names an instruction set that is not built.
@@ -87,14 +91,15 @@ def choice() -> Choice | None:
 
 
 def load() -> bool:
-    """Load the C++ extension, which registers the C++ kernels.
+    """Load the C++ extension, which registers the C++ kernels with PyTorch, as the module `gpt_fast._C`.
 
     Returns:
         True if it was loaded. False if it is not built, or if TRITON_INTERPRET=1 lets Triton's interpreter run on the
         CPU.
 
     Raises:
-        ImportError: The extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.
+        ImportError: The extension was built for a PyTorch of another ABI or for instructions that this CPU lacks, or
+            `GPT_FAST_ISA` names an instruction set that is not built.
     """
     # Under the interpreter the Triton kernels serve the CPU, so that one test file checks either implementation;
     # an operator takes one kernel for a device, and ours would be the second.
@@ -114,7 +119,7 @@ def load() -> bool:
 
 
 def _find(isa: str) -> ModuleSpec | None:
-    """Return the import spec of the library for the instruction set `isa`, or None if it is not built."""
+    """Return the import spec of this package's library for the instruction set `isa`, or None if it is not built."""
     # Searched for in this folder alone: an editable install of another checkout would offer its own `_C`.
     return PathFinder.find_spec(_NAME, [str(_place(isa))])
 
@@ -125,14 +130,17 @@ def _place(isa: str) -> Path:
 
 
 def _record(isa: str) -> dict[str, Any]:
-    """Return the content of `_C.json`, the record of how the library for the instruction set `isa` was built."""
+    """Return the dict in `_C.json`, the record of how the library for the instruction set `isa` was built.
+
+    It has the keys "torch", "compiler", "flags", "cpu_flags" and others. A missing file raises `FileNotFoundError`.
+    """
     return json.loads((_place(isa) / "_C.json").read_text(encoding="utf-8"))
 
 
 def _missing(record: dict[str, Any]) -> list[str]:
-    """Return the instruction sets that a library needs, by its `record`, and this CPU lacks.
+    """Return the sorted names in `record["cpu_flags"]`, the instruction sets that a library needs, that this CPU lacks.
 
-    The list is sorted. It is empty if nothing is missing, or if the instruction sets of the CPU are unknown.
+    The list is empty if nothing is missing, or if the instruction sets of the CPU are unknown.
     """
     cpu = _cpu_flags()
     return sorted(set(record["cpu_flags"]) - cpu) if cpu else []
@@ -146,13 +154,18 @@ def _minor(version: str) -> str:
 def _serves(built: str, running: str) -> bool:
     """Return True if an extension built against the PyTorch version `built` runs with the version `running`.
 
-    Patch releases and builds for CPU or CUDA of one minor release have the same headers and C++ symbols.
+    It does if both have the same major and minor version, or if `_LATER` lists the minor of `running` for that of
+    `built`. Patch releases and builds for CPU or CUDA of one minor release have the same headers and C++ symbols.
     """
     return _minor(running) in (_minor(built), *_LATER.get(_minor(built), ()))
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raise `ImportError` if a library's `record` names another PyTorch, or instructions that this CPU lacks."""
+    """Raise `ImportError` if the library with this `record` cannot run with this PyTorch or on this CPU.
+
+    The record's "torch" is the version it was built against, and its "cpu_flags" are the instruction sets that it
+    needs. The message tells how to build the library again.
+    """
     mend = f"in {_FOLDER.parent}: make install" if (_FOLDER.parent / "setup.py").exists() else _REINSTALL
     if not _serves(record["torch"], torch.__version__):
         minors = " or ".join((_minor(record["torch"]), *_LATER.get(_minor(record["torch"]), ())))

@@ -19,9 +19,10 @@ PARTIAL = ".partial"  # the ending of a temporary name: a kill in the middle of 
 def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield the path of a new empty file beside `path`, which takes the name of `path` when the block ends.
 
-    If the block raises, the new file is removed and `path` stays as it was. The temporary name is unpredictable and the
-    file is created exclusively, so no symbolic link is followed. With `flush` the content has reached the disk before
-    the name changes. Raises `OSError` where the file cannot be written.
+    The new file replaces a file that has this name. If the block raises, the new file is removed and `path` stays as it
+    was. The temporary name is unpredictable and the file is created exclusively, so no symbolic link is followed. With
+    `flush` the content has reached the disk before the name changes, and so has the new name on return. Raises
+    `OSError` where the file cannot be written, for example in a folder that does not exist.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # not mkstemp: others may read it
@@ -41,10 +42,11 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which takes the name of `path` when the block ends.
+    """Yield a new empty folder beside `path`, which takes the name of `path` when the block ends, with the mode 0o755.
 
-    If the block raises, the folder is removed, and so are the parents of `path` that were made for it. Raises `OSError`
-    where the folder cannot be made.
+    Missing parents of `path` are made. If the block or the renaming raises, the folder is removed, and so are the
+    parents made for it that are empty. Raises `OSError` where the folder cannot be made, or if `path` is a file or a
+    folder with content.
     """
     made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content, as 64 lower-case hexadecimal digits."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 22):
@@ -71,20 +73,29 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write `text` in UTF-8. Escape half of a surrogate pair, which UTF-8 cannot hold, as JSON does: \ud800."""
+    r"""Write `text` to `path` in UTF-8, so that readers see the old file or the whole new one.
+
+    A lone surrogate, which UTF-8 cannot hold, becomes an escape such as \ud800. Raises `OSError` where the file cannot
+    be written.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
+    """Write `value` to `path` as JSON in UTF-8, indented by 2, so that readers see the old file or the whole new one.
+
+    Text beyond ASCII is not escaped. NaN and infinities become NaN and Infinity, which strict parsers refuse: see
+    `finite`.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """Return `value` (nested dicts, lists and numbers) with None for each float that is not finite, for JSON.
+    """Return `value`, nested dicts and lists for JSON, with None for each float that is NaN or infinite.
 
-    JSON has neither NaN nor infinities. Tuples become lists.
+    The argument is not changed: dicts and lists are copied, and tuples become lists. Keys and other values stay as they
+    are.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -94,7 +105,10 @@ def finite(value: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the entries of a folder, have reached the disk."""
+    """Wait until the content of a file, or the entries of a folder, have reached the disk.
+
+    Raises `OSError` if that fails.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -14,7 +14,11 @@ PATIENCE = 0.8  # seconds until a hub that does not answer counts as out of reac
 
 
 def address() -> tuple[str, int]:
-    """Return (host, port) of the Hugging Face hub, or of the proxy through which it is reached."""
+    """Return (host, port) of the Hugging Face hub, or of the proxy through which it is reached.
+
+    The hub is huggingface_hub's ENDPOINT. The proxy is the system's, by environment variables such as HTTPS_PROXY,
+    unless NO_PROXY excludes the hub. Without a port in the address it is 80 for http, else 443.
+    """
     from huggingface_hub.constants import ENDPOINT
 
     url = urlsplit(ENDPOINT)
@@ -25,9 +29,10 @@ def address() -> tuple[str, int]:
 
 
 def is_reachable() -> bool:
-    """Return True if the hub accepts a connection within `PATIENCE` seconds, and False in offline mode.
+    """Return True if the hub, or the proxy in front of it, accepts a TCP connection within `PATIENCE` (0.8) seconds.
 
-    A thread connects, because the look-up of a host name has no time limit of its own.
+    Return False without trying in huggingface_hub's offline mode. A thread connects, because the look-up of a host name
+    has no time limit of its own. It may outlive the call.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -36,7 +41,10 @@ def is_reachable() -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        """Connect to the hub and set `answered` if it accepts."""
+        """Connect to the hub or its proxy.
+
+        Set `answered`, the event of `is_reachable`, if it accepts; ignore an `OSError`.
+        """
         try:
             socket.create_connection(address(), timeout=PATIENCE).close()
             answered.set()
@@ -51,7 +59,10 @@ def is_reachable() -> bool:
 
 @contextmanager
 def only_cached() -> Iterator[None]:
-    """Let `datasets` and `huggingface_hub` use their caches alone, without the network, inside the block."""
+    """Let `datasets` and `huggingface_hub` use their caches alone, without the network, inside the block.
+
+    Their switch HF_HUB_OFFLINE is set to True for the whole process, and restored afterwards.
+    """
     import datasets.config
     import huggingface_hub.constants
 

@@ -22,11 +22,17 @@ HINTS = dict.fromkeys(TOKENS, "pretrain --data reads it") | {
 
 
 def magic(head: bytes) -> int | None:
-    """Return the magic number of a file that begins with the bytes `head` if llm.c wrote the file, else None."""
+    """Return the magic number of a file that begins with the bytes `head` if it is one that llm.c writes, else None.
+
+    It is the little-endian integer in the first four bytes, and has to be a key of `KINDS`. Fewer bytes give None.
+    """
     number = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
     return number if number in KINDS else None
 
 
 def describe(number: int) -> str:
-    """Return what llm.c's file with the magic `number` is, such as "a tokenizer", with a hint if there is one."""
+    """Return what an llm.c file with the magic `number` is, such as "a tokenizer", then "; " and a hint if it has one.
+
+    `number` has to be a result of `magic`; any other raises `KeyError`.
+    """
     return "; ".join(filter(None, (KINDS[number], HINTS.get(number))))

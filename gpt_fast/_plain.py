@@ -23,11 +23,12 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 
 
 def _bound(module: nn.Module, function: Callable) -> Callable:
-    """Return `function` as the forward of `module`, with the signature of its class's forward.
+    """Return a forward for the instance `module` that runs function(module, ...).
 
-    A call of the result is function(module, ...). The result is a partial, because pickling a method of an instance
-    gives the class's method back. A deep copy of the module gets a forward of its own. The attribute `__func__` is
-    `function`, because Hugging Face Accelerate wraps and unwraps the `__func__` that a method has.
+    Its name, docstring and signature are those of the class's forward. The result is a partial, because pickling a
+    method of an instance gives the class's method back. A deep copy of the module gets a forward of its own. The
+    attribute `__func__` is `function`, because Hugging Face Accelerate wraps and unwraps the `__func__` that a method
+    has.
     """
     original = type(module).forward.__get__(module)
     forward = functools.update_wrapper(functools.partial(function, module), original)
@@ -36,9 +37,9 @@ def _bound(module: nn.Module, function: Callable) -> Callable:
 
 
 def attach(module: nn.Module, function: Callable | None) -> None:
-    """Make calls of `module` run function(module, ...), or only mark it as accelerated if `function` is None.
+    """Mark `module` as accelerated and, unless `function` is None, make its calls run function(module, ...).
 
-    The module's class does not change. `detach` undoes it.
+    For this the instance attribute `forward` is set. The module's class does not change. `detach` undoes it.
     """
     vars(module)[_MARK] = function is not None
     if function is not None:
@@ -46,7 +47,10 @@ def attach(module: nn.Module, function: Callable | None) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`. A module without a mark of `attach` stays as it is."""
+    """Undo `attach`: remove its mark and, if it set a forward, the instance attribute `forward`, even if wrapped since.
+
+    A module without a mark of `attach` stays as it is.
+    """
     if vars(module).pop(_MARK, False):
         vars(module).pop("forward", None)
 
@@ -59,7 +63,8 @@ def is_accelerated(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Return True if the forward that `attach` put on `module` is in place, with nothing wrapped around it.
 
-    The result is True as well if `attach` put no forward on the module.
+    The result is True as well if `attach` only marked the module. The module has to be marked (`is_accelerated`); one
+    that is not raises `KeyError`.
     """
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
@@ -67,9 +72,9 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_attached(forward: Any) -> bool:
-    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it.
+    """Return True if `forward`, any object, is what `attach` puts on a module, with nothing wrapped around it.
 
-    `attach` puts a function of this library on the module, in the attribute `__func__` of the forward.
+    It is if its `__func__` is a function of this package, gpt_fast, without the `__wrapped__` that decorators set.
     """
     function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
@@ -77,32 +82,36 @@ def is_attached(forward: Any) -> bool:
 
 
 def original(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the result of the forward of the module's class, whatever `attach` put on the module."""
+    """Return the result of the forward of the module's class, whatever `attach` put on the module. No hooks run."""
     return type(module).forward(module, *args, **kwargs)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return True if calling the module runs a hook: one of its own, or one that is registered for all modules."""
+    """Return True if calling the module runs a forward or backward hook, its own or one registered for all modules."""
     return any(len(getattr(module, name)) > 0 for name in HOOKS) or any(
         len(getattr(_module, name)) > 0 for name in _GLOBAL_HOOKS
     )
 
 
 def is_hooked_itself(module: nn.Module) -> bool:
-    """Return True if the module has hooks of its own; those that are registered for all modules do not count."""
+    """Return True if the module has forward or backward hooks of its own.
+
+    Hooks registered for all modules do not count.
+    """
     return any(len(getattr(module, name)) > 0 for name in HOOKS)
 
 
 def class_of(module: Any) -> type:
-    """Return the class of a module, also of one for which `torch.export` passes a proxy."""
+    """Return the class of a module, or that of the module behind the proxy that `torch.export` passes in its place."""
     return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
 
 
 def why_not_plain(module: Any, kind: Any) -> str | None:
-    """Return why the parameters of `module` may not be read directly, or None if they may.
+    """Return why the parameters of `module` may not be read directly, such as "has hooks", or None if they may.
 
-    They may if the module has exactly the class `kind`, no hooks, no forward of its own, and no weight of a foreign
-    class.
+    They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
+    foreign tensor class. Hooks are those of forward and backward, also if registered for all modules. A forward that
+    `attach` set does not count, unless something wraps it.
     """
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -118,9 +127,10 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None))
 
 
 def why_own_weight(module: Any) -> str | None:
-    """Return why the weight of `module` may not be read directly, or None if it may or if there is none.
+    """Return why the parameter "weight" of `module` may not be read directly, or None if it may or if there is none.
 
     It may not if its tensor class is neither `nn.Parameter` nor another one of PyTorch's, as in a quantised layer.
+    Classes of torch.ao, PyTorch's quantisation, count as foreign.
     """
     kind = type(module._parameters.get("weight"))
     if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
@@ -131,8 +141,9 @@ def why_own_weight(module: Any) -> str | None:
 def is_plain(module: Any, kind: Any) -> bool:
     """Return True if the parameters of `module` may be read directly instead of calling it.
 
-    They may if the module has exactly the class `kind`, no hooks, and no forward or weight of its own; see
-    `why_not_plain`. The usual case takes half a microsecond.
+    They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
+    foreign tensor class. Hooks are those of forward and backward, also if registered for all modules. A forward that
+    `attach` set does not count, unless something wraps it. The usual case takes half a microsecond.
     """
     if (
         type(module) is kind
@@ -150,7 +161,8 @@ def is_plain(module: Any, kind: Any) -> bool:
 def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | None:
     """Return why `ops.layer_norm` cannot compute `module`, or None if it is a plain LayerNorm of the last dimension.
 
-    A plain module has exactly the class `kind`, no hooks, and no forward or weight of its own.
+    A plain module has exactly the class `kind`, no hooks, and no forward or weight of its own. An eps of 0 or less, or
+    more than one dimension, is a reason too.
     """
     reason = None if is_plain(module, kind) else why_not_plain(module, kind)
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
@@ -159,9 +171,10 @@ def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | N
 
 
 def why_no_table(module: Any) -> str | None:
-    """Return why `module` is more than an `nn.Embedding` that returns rows of its weight, or None if it is not.
+    """Return why a look-up of rows in its weight cannot replace `module`, such as "has hooks", or None if it can.
 
-    Reasons are hooks, another class, and the options `padding_idx`, `max_norm`, `scale_grad_by_freq` and `sparse`.
+    It can if it is exactly an `nn.Embedding`, without hooks, a forward of its own or a weight of a foreign class. The
+    options `padding_idx`, `max_norm`, `scale_grad_by_freq` and `sparse` have to be off.
     """
     reason = None if is_plain(module, nn.Embedding) else why_not_plain(module, nn.Embedding)
     if reason is not None:
@@ -177,10 +190,11 @@ def why_no_table(module: Any) -> str | None:
 
 
 def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
-    """Return (x, p), with the dropout probability p that the caller still has to apply to x.
+    """Return (y, p): the input of the dropout that the caller still has to apply, and its probability.
 
-    A plain `nn.Dropout` (see `is_plain`) with p < 1 is not called, so that the caller can fuse it. The result's p is
-    then its probability, or 0 in evaluation mode or with `drops=False`. Any other module is called, and p is 0.
+    A plain `nn.Dropout` (see `is_plain`) with p < 1 is not called, so that the caller can fuse it. The result is then
+    (x, its p), with 0 for p in evaluation mode or if `drops` is False. Any other `module` is called, whatever `drops`
+    is, and the result is (module(x), 0).
     """
     if is_plain(module, nn.Dropout) and module.p < 1:
         return x, module.p if drops and module.training else 0.0
@@ -188,15 +202,15 @@ def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """Return module(x), by `ops.linear` if the module is an `nn.Linear` without hooks (see `is_plain`)."""
+    """Return module(x), by `ops.linear` if the module is exactly an `nn.Linear`, without hooks (see `is_plain`)."""
     return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
 
 
 def norm(module: Any, x: Tensor, kind: type[nn.LayerNorm] = nn.LayerNorm, product: bool = False) -> Tensor:
     """Return module(x), by `ops.layer_norm` if `module` is a plain norm of the class `kind` (see `why_no_norm`).
 
-    `product` is True if only a matrix product reads the result. A plain norm then rounds to that product's dtype at
-    once.
+    `product` is True if only a matrix product reads the result. Under autocast, a plain norm then rounds a float32
+    result at once to the dtype of that product. Any other module is called.
     """
     if why_no_norm(module, kind) is not None:
         return module(x)
@@ -216,9 +230,10 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain.
 
-    `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`). Dropout has probability `p`. `seed`
-    and `site`, the number of this dropout within a forward pass, choose its mask. `product` is True if only a matrix
-    product reads the first result. A plain norm then rounds to that product's dtype at once.
+    `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`); any other is called. Dropout has
+    probability `p`. `seed`, one int64 element, and `site`, the number of this dropout within a forward pass, choose its
+    mask. `product` is True if only a matrix product reads the first result. Under autocast, a plain norm then rounds a
+    float32 result at once to the dtype of that product.
     """
     if why_no_norm(module, kind) is None:
         dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
@@ -228,9 +243,10 @@ def add_norm(
 
 
 def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """Return x + dropout(branch), with dropout probability `p`.
+    """Return x + dropout(branch), with dropout probability `p`; 0 means no dropout.
 
-    `seed` and `site`, the number of this dropout within a forward pass, choose the mask.
+    `seed`, one int64 element, and `site`, the number of this dropout within a forward pass, choose the mask. If p is
+    above 0 and `seed` is None, a new seed is drawn.
     """
     if p == 0:
         return x + branch
@@ -238,7 +254,11 @@ def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> 
 
 
 def is_reading_values_cheap(tensor: Tensor) -> bool:
-    """Return True if reading a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
+    """Return True if Python may read the tensor's values without waiting for a device or breaking a graph or a `vmap`.
+
+    That is, the tensor is on the CPU, no graph is being recorded (compiled, exported, traced), and no `vmap` hides
+    values.
+    """
     return tensor.device.type == "cpu" and not _transforms.is_recording() and not _transforms.is_batched(tensor)
 
 
@@ -248,9 +268,10 @@ def version(tensor: Tensor) -> int:
 
 
 def samples(tensors: Sequence[Tensor]) -> Tensor:
-    """Return up to 31 evenly spaced values of each tensor, joined into one float64 vector without NaN.
+    """Return up to 31 evenly spaced values of each tensor, in order, joined into one float64 vector.
 
-    They show writes that autograd does not count: those of fused optimisers (torch 2.13), and those to `.data`.
+    NaN is replaced by 0. Comparing two results shows writes that autograd does not count: those of fused optimisers
+    (torch 2.13), and those to `.data`. A write that misses the samples stays unseen. `tensors` may not be empty.
     """
     few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
     return torch.cat(few).nan_to_num()
@@ -269,9 +290,10 @@ class Unchanged:
         self._samples = samples(tensors) if has_values else None
 
     def __call__(self, reads_values: bool = True) -> bool:
-        """Return True if the tensors did not change. Without `reads_values`, compare write counts alone.
+        """Return True if neither write counts nor sampled values of the tensors differ from those at construction.
 
-        Reading values of GPU tensors waits for the device.
+        With `reads_values=False` only write counts are compared. The same holds if a tensor was on meta, or a transform
+        of `torch.func` was active, at construction. Reading values of GPU tensors waits for the device.
         """
         if [version(tensor) for tensor in self._tensors] != self._versions:
             return False

@@ -31,10 +31,10 @@ def constant_in_graphs(function: _Function) -> _Function:
 def apply(function: Any, *args: Any) -> Any:
     """Return `function.apply(*args)` of an `autograd.Function`, also inside a transform of `torch.func`.
 
-    Inside a transform, `_Transformed` wraps the function. If autograd does not record the call, `function.forward` runs
-    alone, with a context that says that no input needs a gradient. In the context that `function.apply` passes, PyTorch
-    sets `needs_input_grad` to True for a parameter even under `torch.no_grad()`, so a forward pass would do work for a
-    backward pass that cannot come. The direct call also takes 4 µs less.
+    Inside a transform, `_Transformed` wraps the function. Outside, `function.forward` runs alone if autograd does not
+    record the call, with a context in which no input needs a gradient. In the context that `function.apply` passes,
+    PyTorch sets `needs_input_grad` to True for a parameter even under `torch.no_grad()`. A forward pass would then do
+    work for a backward pass that cannot come. The direct call also takes 4 µs less.
     """
     if not is_transformed():
         if torch.is_grad_enabled() if torch.compiler.is_compiling() else _is_recorded(args):
@@ -46,7 +46,7 @@ def apply(function: Any, *args: Any) -> Any:
 
 
 def _is_recorded(args: tuple) -> bool:
-    """Return True if autograd records a call with these arguments for backward."""
+    """Return True if gradients are enabled and one of `args` is a tensor that requires one."""
     if torch.is_grad_enabled():
         for arg in args:
             if isinstance(arg, Tensor) and arg.requires_grad:
@@ -61,10 +61,10 @@ class _Unrecorded:
         self.needs_input_grad = (False,) * count
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep nothing."""
+        """Discard the tensors, because no backward pass will need them."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Do nothing."""
+        """Do nothing, because no backward pass will come."""
 
 
 @constant_in_graphs
@@ -77,7 +77,7 @@ def is_forward_mode() -> bool:
     """Return True inside a `dual_level` of `torch.autograd.forward_ad`, which `torch.func.jvp` enters too.
 
     Reading PyTorch's level takes 0.1 µs; asking whether a tensor is dual takes 5 µs. `torch.compile` guards the level,
-    so a function that was compiled outside of a level is compiled anew inside.
+    so a function that was compiled outside of a level is compiled again inside.
     """
     return forward_ad._current_level >= 0
 
@@ -88,10 +88,10 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def is_followed() -> bool:
-    """Return True if kernels can run here, False if the reference in plain PyTorch has to.
+    """Return True if autograd functions that run kernels work here, False if the reference in plain PyTorch has to run.
 
-    Kernels cannot run in forward-mode differentiation. Inside transforms of `torch.func` they can run in a single
-    `grad` or `vjp` that is not compiled.
+    They do not work in forward-mode differentiation. Inside transforms of `torch.func` they work only in a single
+    `grad` or `vjp` that is not being compiled.
     """
     if is_forward_mode():
         return False
@@ -99,7 +99,10 @@ def is_followed() -> bool:
 
 
 def _is_one_gradient() -> bool:
-    """Return True inside exactly one transform of `torch.func`, if this is `grad` or `vjp`."""
+    """Return True if exactly one transform of `torch.func` is active and is `grad` or `vjp`.
+
+    At least one must be active.
+    """
     stack = _functorch.get_interpreter_stack()
     return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
 
@@ -107,13 +110,16 @@ def _is_one_gradient() -> bool:
 def is_recording() -> bool:
     """Return True while PyTorch records a graph: `torch.compile`, `torch.export` or `torch.jit.trace`.
 
-    The graph would keep a value that Python reads now as a constant, for every later input.
+    A value that Python reads from a tensor then would become a constant of the graph, for every later input.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return True if a `vmap` hides some of the tensor's values, and False while a graph is traced."""
+    """Return True if `tensor` is a batched tensor of `vmap`, itself or inside wrappers of `torch.func.grad`.
+
+    Then Python cannot read its values. The result is False while `torch.compile` or `torch.export` records a graph.
+    """
     if torch.compiler.is_compiling():
         return False
     while _functorch.is_gradtrackingtensor(tensor):
@@ -122,7 +128,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def double_backward(op: str) -> NotImplementedError:
-    """Return the error for a second differentiation of the gradients of the op named `op`."""
+    """Return, without raising it, the error for differentiating the gradients of the op named `op` once more."""
     return NotImplementedError(
         f"gpt_fast.{op}: double backward is not implemented; "
         "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
@@ -145,10 +151,12 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Return the outputs of `self.function.forward`, then the saved tensors that are not outputs or arguments.
+        """Run `self.function.forward`. Return its outputs, then the saved tensors that are not outputs or arguments.
 
         Inside a transform, `setup_context` may save arguments and outputs alone, so every other saved tensor is
-        returned as an output. `self.count` is set to the number of the function's own outputs.
+        returned as an output. `self.count` is set to the number of the function's own outputs, and `self.returns_tuple`
+        to True if they came as a tuple. `self.places` gets the index of each saved tensor in (self, *args, *result), or
+        None for None.
         """
         outputs = self.function.forward(self, *args)
         self.returns_tuple = isinstance(outputs, tuple)
@@ -214,7 +222,8 @@ class _Once(torch.autograd.Function):
 def _requires_grad(value: Any) -> bool:
     """Return True if `value` is a tensor that requires a gradient, itself or inside wrappers of `torch.func.grad`.
 
-    All wrappers that track gradients are opened, one by one. A batched tensor of `vmap` is not opened.
+    All wrappers that track gradients are opened, one by one. A batched tensor of `vmap` is not opened. Anything but a
+    tensor gives False.
     """
     while isinstance(value, Tensor):
         if value.requires_grad:

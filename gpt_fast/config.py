@@ -154,8 +154,8 @@ class GPTConfig:
 
         Args:
             name: Name of the preset.
-            dropout: Probability of every dropout that the preset uses, in [0, 1).
-            **overrides: Fields of `GPTConfig`.
+            dropout: Probability of every dropout that the preset uses, in [0, 1). Dropouts of 0 stay off.
+            **overrides: Fields of `GPTConfig`. They win over `dropout`.
 
         Returns:
             The configuration.
@@ -215,10 +215,10 @@ class GPTConfig:
         return cls(**values)
 
     def trunk_parameters(self) -> int:
-        """Return the size of the trunk: of both embeddings, all blocks and, with `pre_norm`, the last norm.
+        """Return the size of the trunk: both embeddings, all blocks and, with `pre_norm`, the last norm.
 
         Returns:
-            The number of elements of their parameters.
+            The number of elements of their parameters. An output layer or classifier is not counted.
         """
         C, F = self.hidden_dim, self.ff_dim
         norm = C * (1 + self.bias)
@@ -229,7 +229,7 @@ class GPTConfig:
         """Return the fields as plain values, which `from_dict` takes back.
 
         Returns:
-            Fields by name.
+            All fields by name; `label_names` is a tuple.
         """
         return dataclasses.asdict(self)
 
@@ -238,6 +238,7 @@ class GPTConfig:
 
         Args:
             **overrides: Fields of `GPTConfig`. Another `num_labels` drops the `label_names`, unless new ones are given.
+                All other fields stay: with another `hidden_dim`, `ff_dim` remains the old number.
 
         Returns:
             The new configuration.

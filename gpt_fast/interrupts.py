@@ -33,12 +33,12 @@ class Stop:
         self.deferred = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal in `signum` and print a line, if `deferred`.
+        """Handle a signal: if `deferred`, store the first one in `signum` and print a line to stderr, else raise.
 
-        Otherwise, and for a second signal, raise `Interrupted`.
+        `frame` is not used.
 
         Raises:
-            Interrupted: `deferred` is False, or this is the second signal.
+            Interrupted: `deferred` is False, or `signum` holds an earlier signal.
         """
         if not self.deferred or self.signum is not None:  # a second signal does not wait
             raise Interrupted(signum)
@@ -48,7 +48,7 @@ class Stop:
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Yield a `Stop` that handles SIGINT and SIGTERM inside the block. The handlers before it return afterwards.
+    """Yield a `Stop` that handles SIGINT and SIGTERM inside the block, and restore the previous handlers afterwards.
 
     Outside of the main thread, where Python sets no handlers, the `Stop` gets no signal.
     """

@@ -123,10 +123,10 @@ class SelfAttention(nn.Module):
             key_mask: Bool [B, T], True for a real token.
             mask: Bool, broadcastable to [B, H, T, T], True where a token may attend.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
-            seed: Seed of dropout.
+            seed: Seed of dropout, int64, one element. Without one, dropout in training draws its own.
             site: Number of this dropout within a forward pass.
             attend: Function of (qkv [B, T, 3C], num_heads) → [B, T, C] that computes attention in place of the op, from
-                a key-value cache for example. The masks and the dropout then have no effect.
+                a key-value cache for example. The masks, `causal` and the dropout then have no effect.
 
         Returns:
             out [B, T, C].
@@ -197,10 +197,10 @@ class MLP(nn.Sequential):
 
         Args:
             x: Input [B, T, C].
-            seed: Seed of dropout.
+            seed: Seed of dropout, int64, one element. Without one, dropout in training draws its own.
             site: Number of this dropout within a forward pass.
-            drops: False switches dropout off, whatever the modules' train flags are, unless a child has to be called
-                because it has hooks or another class.
+            drops: False switches dropout off, whatever the modules' train flags are. If a child has hooks or another
+                class, all children are called, and `seed`, `site` and `drops` have no effect.
 
         Returns:
             y [B, T, C].
@@ -215,7 +215,11 @@ class MLP(nn.Sequential):
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
 
     def _is_plain(self) -> bool:
-        """Return True if one op may compute the children: they are as the constructor made them, without hooks."""
+        """Return True if one op may compute the children: four of the classes that the constructor made, without hooks.
+
+        They are a linear layer, the configured activation, a dropout with p < 1, and a linear layer. None of them may
+        have a forward of its own or a weight of a foreign tensor class.
+        """
         children: list[Any] = list(self)
         if len(children) != 4:
             return False
@@ -307,10 +311,12 @@ class TransformerDecoder(nn.Module):
         self.site = site
 
     def is_dropping(self) -> bool:
-        """Return True if a dropout with p > 0 is in training mode, so that a forward pass needs a seed.
+        """Return True if a dropout of the block with p > 0 is in training mode, so that a forward pass needs a seed.
+
+        These are the dropouts of attention, of both residual branches, and among the direct children of `ff`.
 
         Returns:
-            False if no dropout is active.
+            False if none of them is active.
         """
         attention: Any = self.multihead_attn
         while not hasattr(attention, "dropout") and hasattr(attention, "base_layer"):
@@ -350,9 +356,11 @@ class TransformerDecoder(nn.Module):
             site: Number of the block's first dropout within a forward pass. The default is that of the constructor.
             branch: Residual branch that the block before returned with `carry=True`. A pre-norm block adds it to `x`
                 and normalises in one op. A post-norm block ignores it.
-            carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it.
-            attend: Function that computes attention in place of the op, as in `SelfAttention.forward`. Dropout is off
-                then.
+            carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it. A
+                post-norm block ignores it.
+            attend: Function of (qkv [B, T, 3C], num_heads) → [B, T, C] that computes attention in place of the op, from
+                a key-value cache for example. Masks have no effect then, and dropout is off, except in a dropout module
+                with hooks or another class.
 
         Returns:
             x [B, T, C]. A pre-norm block with `carry=True` returns (x, branch), where `branch` is a `Branch` that is
@@ -395,11 +403,11 @@ class TransformerDecoder(nn.Module):
     ) -> "Tensor | tuple[Tensor, Branch]":
         """Return the output [B, T, C] of a pre-norm block for x [B, T, C], or (x, branch) with `carry`.
 
-        The `branch` in the result is the last residual branch, which the caller still has to add to x. The argument
-        `branch` is that of the block before, or None. `masks` holds the keyword arguments of `SelfAttention.forward`
-        that restrict or replace attention. `seed` and `site`, the number of the block's first dropout, choose the
-        dropout masks. With `drops=False` dropout is off, except in modules that have hooks or another class than
-        `nn.Dropout`.
+        The `branch` in the result is the last residual branch, a `Branch` that the caller still has to add to x. The
+        argument `branch` is that of the block before, which is added to x first, or None. `masks` holds the arguments
+        "causal", "lengths", "key_mask", "mask", "cu_seqlens" and "attend" of `SelfAttention.forward`. `seed` and
+        `site`, the number of the block's first dropout, choose the dropout masks. With `drops=False` dropout is off in
+        `ff` and both branches, except in modules that have hooks or another class than `nn.Dropout`.
         """
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
@@ -417,8 +425,8 @@ class TransformerDecoder(nn.Module):
     def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
         """Return ff(x) [B, T, C] for x [B, T, C].
 
-        If `ff` is an `MLP` and not an adapter's wrapper, it gets the dropout's `seed` and `site`, and with
-        `drops=False` it drops nothing.
+        If `ff` is an `MLP` of this library, it also gets `drops` (False switches its dropout off) and the dropout's
+        `seed` and `site`. Any other module, such as an adapter's wrapper, gets x alone.
         """
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 
@@ -437,9 +445,11 @@ class Branch(NamedTuple):
 def add_norm(
     branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None, product: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain (see `_plain.is_plain`).
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain.
 
-    `branch` holds the tensor, the dropout probability and the dropout site, and `seed` chooses the mask. `product` is
-    True if only a matrix product reads the first result. A plain norm then rounds to that product's dtype at once.
+    A plain norm is exactly a `LayerNorm` of this library without hooks; any other is called. `branch` holds the tensor,
+    the dropout probability and the dropout site. `seed`, one int64 element, chooses the mask; None draws a new one.
+    `product` is True if only a matrix product reads the first result. Under autocast, a plain norm then rounds a
+    float32 result at once to the dtype of that product.
     """
     return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)

@@ -69,8 +69,8 @@ class _Trunk(nn.Module):
 
         h = norm(decoders(dropout(token_emb[tokens] + pos_emb))), with the last norm if pre-norm.
 
-        This library alone passes `_product`. With it, only a matrix product reads h, and the last norm may round to the
-        dtype of that product.
+        This library alone passes `_product`. True means that only a matrix product reads h. Under autocast, the last
+        norm may then return h in the dtype of that product.
 
         Args:
             tokens: Token ids [B, T], int64.
@@ -80,16 +80,18 @@ class _Trunk(nn.Module):
                 has the same hidden states as without padding.
             cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. A token attends to its own
                 sequence only, and positions count within each sequence.
-            seed: Seed of the dropout of this call. Without one each call in training draws its own.
-            cache: Key-value cache of the text before the tokens. It computes attention, knows positions and padding,
-                and gets the tokens' keys and values. Dropout is off then.
+            seed: Seed of the dropout of this call, int64, one element. Without one each call in training draws its own.
+            cache: Pass over the key-value cache of the text before the tokens. It computes attention, knows positions
+                and padding, and writes the tokens' keys and values into the cache. Masks have no effect then, and
+                dropout is off, except in a dropout module with hooks or another class.
 
         Returns:
             h [B, T, C].
 
         Raises:
             ValueError: Tokens are not [B, T], are longer than seq_len (packed: each sequence), or lie outside the
-                vocabulary, or more than one of lengths, key_mask and cu_seqlens is given.
+                vocabulary, or more than one of lengths, key_mask and cu_seqlens is given. Values inside tensors (ids,
+                lengths, bounds) are checked on the CPU, and elsewhere after `gpt_fast.check_values()`.
         """
         config = self.config
         name = type(self).__name__
@@ -147,7 +149,8 @@ class _Trunk(nn.Module):
         """Return dropout(token_emb(tokens) + pos_emb) [B, T, C] for tokens [B, T].
 
         `positions` [B or 1, T] holds the position of each token, or is None to count from 0. `seed` is the dropout seed
-        of the pass, or None. With `drops=False` an `nn.Dropout` without hooks drops nothing.
+        of the pass, or None. With `drops=False` an `nn.Dropout` without hooks drops nothing. A `token_emb` or `dropout`
+        with hooks or of another class is called.
         """
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
         dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
@@ -159,13 +162,16 @@ class _Trunk(nn.Module):
         return self.dropout(self.token_emb(tokens) + at)
 
     def _is_dropping(self) -> bool:
-        """Return True if a forward pass needs a dropout seed: some dropout with p > 0 is in training mode."""
+        """Return True if a forward pass needs a dropout seed: some dropout with p > 0 is in training mode.
+
+        Blocks that are no `TransformerDecoder` do not count, because they use no seed of this library.
+        """
         if self.dropout.training and getattr(self.dropout, "p", 0) > 0:
             return True
         return any(decoder.is_dropping() for decoder in self.decoders if isinstance(decoder, TransformerDecoder))
 
     def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
-        """Return decoder(x, **options).
+        """Return decoder(x, **options): the hidden states, or (hidden states, `Branch`) with carry=True in `options`.
 
         If `checkpoint_activations` is True and gradients are on, only the decoder's input is stored, and backward runs
         the decoder again.
@@ -276,7 +282,8 @@ class Generating:
             **options: Further arguments of `gpt_fast.generate`.
 
         Returns:
-            Tokens [B, T + max_new_tokens], or a `GenerateOutput` with `return_scores=True`.
+            Tokens [B, T + max_new_tokens], the prompts with their new tokens, or a `GenerateOutput` (tokens, scores)
+            with `return_scores=True`.
         """
         from .generation import generate
 
@@ -330,15 +337,19 @@ class GPTModel(Convertible, _Trunk):
     ) -> Tensor:
         """Return the hidden states of tokens, as `hidden_states` computes them.
 
+        This library alone passes `_product`. True means that only a matrix product reads h. Under autocast, the last
+        norm may then return h in the dtype of that product.
+
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
-            key_mask: Bool [B, T], True for a real token.
+            key_mask: Bool [B, T], True for a real token. Positions then count the real tokens.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
-            seed: Seed of the dropout of this call. Without one each call in training draws its own.
-            cache: Key-value cache of the text before the tokens, as in `hidden_states`.
+            seed: Seed of the dropout of this call, int64, one element. Without one each call in training draws its own.
+            cache: Pass over the key-value cache of the text before the tokens, which computes attention and gets the
+                tokens' keys and values. Masks have no effect then, and dropout is off.
 
         Returns:
             h [B, T, C].
@@ -412,12 +423,15 @@ class GPT(Generating, _Trunk):
             tokens: Token ids [B, T], int64.
 
         Returns:
-            p [B, T, V].
+            p [B, T, V]; p[:, t] is for the token after position t, given the tokens up to t.
+
+        Raises:
+            ValueError: Tokens are not [B, T], are longer than seq_len, or lie outside the vocabulary.
         """
         return torch.softmax(self.output_layer(self.hidden_states(tokens)), dim=-1)
 
     def loss(self, tokens: Tensor, labels: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
-        """Return the mean of -log p(w_t | w_<t) over the tokens.
+        """Return the mean of -log p(w_t | w_<t) over the tokens but the first of each row.
 
         Args:
             tokens: Token ids [B, T], int64.
@@ -426,7 +440,7 @@ class GPT(Generating, _Trunk):
             lengths: Number of real tokens [B] of each row. Labels after them do not count.
 
         Returns:
-            The loss, a float32 scalar.
+            The loss, a float32 scalar (float64 for a float64 model). It is 0 if no label counts.
 
         Raises:
             ValueError: Tokens or labels have other shapes or are out of range.
@@ -456,7 +470,9 @@ _KINDS = (
 def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
     """Return why one of these modules, by name, is not plain, such as "decoders.0.ff.0 has hooks", or None if all are.
 
-    A plain module has one of the classes in `_KINDS`, no hooks, and no forward or weight of its own.
+    A plain module has exactly one of the classes in `_KINDS`, no hooks, and no forward or weight of its own. `_KINDS`
+    are this library's GPT, GPTModel and layers, ModuleList, Linear, Embedding, Dropout and the activations. The first
+    module that is not plain is named; the empty name stands for the model.
     """
     for name, module in modules.items():
         kind = _kind_of(module)
@@ -470,9 +486,9 @@ def why_not_as_configured(trunk: "_Trunk") -> str | None:
     """Return the first difference found between a trunk's modules and its configuration, or None.
 
     An example is "decoders.0.layer_norm1 has eps 5.0, not layer_norm_eps = 1e-05". The number of blocks, their numbers
-    of heads, pre_norm and feed-forward modules, the eps of norms, and the kind of `token_emb` are compared. Names of
-    parameters are not. The C++ decode step and saved configurations know a model by its configuration and the names of
-    its parameters.
+    of heads, pre_norm and feed-forward modules, the eps of norms, and the kind of `token_emb` are compared. Dropout
+    probabilities and names of parameters are not. The C++ decode step and saved folders take all this from the
+    configuration, so a difference would be lost there.
     """
     config = trunk.config
     decoders: list[Any] = list(trunk.decoders)
@@ -523,9 +539,10 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        """Return True if the modules given to the constructor are as they were then.
+        """Return True if the modules given to the constructor are plain and as they were then.
 
-        No module was replaced or got hooks, and no attribute in `_OPTIONS`, such as `eps`, has changed.
+        No child of a module with children was replaced, added or removed. No module got hooks, a forward or a weight of
+        its own. No attribute in `_OPTIONS` has changed, such as `eps`, `num_heads` or `padding_idx`.
         """
         return (
             all(now == before for now, before in self._children)
@@ -541,9 +558,10 @@ _OPTIONS = ("eps", "num_heads", "pre_norm", "approximate", "max_norm", "padding_
 def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
     """Return the mean cross-entropy of output_layer(hidden) [..., V] and labels [...], a float32 scalar.
 
-    A label of -100 does not count. With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps
-    logits from drifting. An `nn.Linear` without hooks is fused with the loss, and no logits are stored; any other
-    output layer is called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
+    `hidden` is [..., C], and labels are not shifted. A label of -100 does not count; the loss is 0 if none counts. With
+    `z_loss` the mean of z_loss · (log Z)² over the labels that count is added, Z = Σ exp(logits), which keeps logits
+    from drifting. An `nn.Linear` without hooks is fused with the loss, and no logits are stored; any other output layer
+    is called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
     """
     is_plain = _plain.is_plain(output_layer, nn.Linear)
     if is_plain and not z_loss:
@@ -581,16 +599,17 @@ def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor)
 
 
 def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
+    """Return the key mask of a call: `key_mask` as it is, or `attention_mask` (1 real token, 0 padding) as bool.
 
-    `function` is the name of the caller for messages.
+    `tokens` are [B, T], and `function` is the name of the caller for messages.
 
     Returns:
-        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` without padding.
+        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` on the CPU without
+        padding, unless a graph is being recorded.
 
     Raises:
-        ValueError: Both are given, or `attention_mask` has another shape than `tokens` or holds something other than
-            zeros and ones.
+        ValueError: Both are given, or `attention_mask` is floating or has another shape than `tokens`. On the CPU,
+            elsewhere after `gpt_fast.check_values()`, also if it holds something other than zeros and ones.
     """
     if attention_mask is None:
         return key_mask
@@ -619,8 +638,8 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
     """Return labels [B, T] shifted to the left: each position gets the label of the next one, and the last one -100.
 
-    A position also gets -100 if it or the next one is padding, by `lengths` [B] or by `key_mask` [B, T], True for a
-    real token.
+    A position also gets -100 if it or the next one is padding. `lengths` [B] gives the number of real tokens of each
+    row, or `key_mask` [B, T] is True for a real token. `lengths` wins if both are given.
     """
     if lengths is not None:
         key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
@@ -631,7 +650,11 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
 
 
 def _longest(cu_seqlens: Tensor) -> int:
-    """Return the length of the longest packed sequence with the bounds `cu_seqlens` [n + 1], or 0 if there is none."""
+    """Return the length of the longest packed sequence, or 0 if there is none.
+
+    Sequence i has the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`, for `cu_seqlens` [n + 1]. Reading the result
+    waits for the device.
+    """
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
@@ -640,7 +663,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` into evaluation mode inside the block, and restore the flag of each after it.
 
     A second thread waits until the first one has left the block of the same model, because it would otherwise compute
-    with flags that the first one restores.
+    with flags that the first one restores. The same thread may nest blocks. The lock is kept as an attribute of the
+    model.
     """
     with vars(model).setdefault(_FLAGS, _FlagLock()):
         flags = [(module, module.training) for module in model.modules()]
@@ -678,8 +702,8 @@ class _FlagLock:
 def init_weights(module: nn.Module, std: float) -> None:
     """Draw the weights of a linear, embedding or attention module from N(0, std²), and set a linear layer's bias to 0.
 
-    The children of the module and modules of other classes stay as they are, such as norms, which have gain 1 and bias
-    0.
+    An attention module is one with `in_proj_weight`, which alone is drawn. The children of the module and modules of
+    other classes stay as they are, such as norms, which have gain 1 and bias 0.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)

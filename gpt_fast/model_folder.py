@@ -38,13 +38,15 @@ def as_path(function: str, directory: Any) -> Path:
 
 
 def save(head: Any, directory: Path) -> None:
-    """Write the weights and then the configuration of `head` to the folder `directory`, which is made if needed.
+    """Write model.safetensors and then config.json of the model `head` to the folder `directory`, made if needed.
 
-    A folder with a configuration is therefore complete.
+    A new folder with a configuration is therefore complete. Each file is replaced whole or not at all. The weight of an
+    output layer that is tied to the token embedding is left out. The file's `tied` is what the model is now.
 
     Raises:
         OSError: A file cannot be written.
-        ValueError: The model is not that of its configuration.
+        ValueError: The names or shapes of the model's tensors are not those of its configuration, or a tensor is
+            sharded over ranks.
     """
     state, config = head.state_dict(), head.config
     if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
@@ -63,15 +65,15 @@ def save(head: Any, directory: Path) -> None:
 
 
 def write_config(head: Any, config: GPTConfig, directory: Path) -> None:
-    """Write `config.json`: the configuration `config` and the class of `head`."""
+    """Write config.json in `directory`: the fields of `config`, "head" (the class name of `head`) and "format"."""
     write_json(directory / CONFIG, {"format": _FORMAT, "head": type(head).__name__, **config.to_dict()})
 
 
 def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None:
-    """Raise an error unless the `state` dict of `head` has the names and shapes of a model of `config`.
+    """Raise an error unless `state`, the state dict of the model `head`, fits a new model of its class with `config`.
 
     Raises:
-        ValueError: A name or a shape differs, or a tensor is sharded over ranks.
+        ValueError: A name or a shape of a tensor differs, or a tensor is sharded over ranks.
     """
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in type(head)(config).state_dict().items()}
@@ -95,13 +97,14 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
-    """Return (name, config) of a model folder: the name of the model's class, and its configuration.
+    """Return (name, config) of the folder `directory`: the name of the model's class, and its `GPTConfig`.
 
-    The class is that of the whole model, such as "GPTForCausalLM". The name is "None" if the folder does not say it.
+    Both are read from config.json. The class is that of the whole model, such as "GPTForCausalLM". The name is the text
+    "None" if the file does not say it.
 
     Raises:
-        FileNotFoundError: There is no configuration.
-        ValueError: The file is damaged or of another library.
+        FileNotFoundError: There is no config.json.
+        ValueError: The file is damaged or of another library, such as transformers.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -123,14 +126,15 @@ def read_config(directory: Path) -> tuple[str, GPTConfig]:
 def load(
     head_class: type[AnyHead], directory: Path, overrides: dict[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> AnyHead:
-    """Return a head of class `head_class` with the weights in the folder `directory`; see `Head.from_pretrained`.
+    """Return a new model of class `head_class`, on the CPU in training mode, with the weights in `directory`.
 
-    `overrides` are fields of the configuration. `tensors`, by name, take the place of the weights in the folder if
-    given. If another class saved the folder, layers outside of the trunk that it lacks get random weights.
+    `overrides` are fields of `GPTConfig` that replace those in the folder. `tensors`, by name, take the place of the
+    weights in the folder if given. If another class saved the folder, layers outside of the trunk that it lacks get
+    random weights, and tensors outside of the trunk that `head_class` lacks are left out.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or a tensor does not fit.
+        ValueError: A file is damaged, an override is invalid, or a tensor is missing, unexpected or of another shape.
     """
     saved_by, config = read_config(directory)
     path = directory / WEIGHTS
@@ -165,11 +169,11 @@ def load(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name.
+    """Return all tensors of the safetensors file `path`, on the CPU, by name.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is truncated or something else.
+        ValueError: The file is truncated or no safetensors file.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -177,14 +181,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Yield an open safetensors file.
+    """Open a safetensors file inside the block.
 
     Yields:
         The file, as `safetensors.safe_open` opens it.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is truncated or something else.
+        ValueError: The file is truncated, no safetensors file or too long to be mapped. Such an error inside the block
+            counts too.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected the weights written by save_pretrained")

@@ -53,22 +53,23 @@ def dropout_scale(p: float) -> float:
 
 
 def _philox_key(seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (low, high), the two 32-bit halves of a 64-bit `seed`, as the key of philox."""
+    """Return (low, high), the two 32-bit halves of `seed`, one int64 element, as scalar int64 tensors: philox's key."""
     seed = seed.reshape(())
     return seed & _U32, (seed >> 32) & _U32
 
 
 def _philox_words(counter: tuple[Tensor, ...], seed: Tensor, site: int) -> Tensor:
-    """Return philox's four words, [..., 4], for the three components in `counter` and the dropout site as the fourth.
+    """Return four random words below 2^32, int64 [..., 4], for each counter, by philox with `seed` as its key.
 
-    A dropout site is the number of a dropout within a forward pass.
+    `counter` has three int64 components that broadcast against each other. The fourth is `site`, the number of a
+    dropout within a forward pass. `seed` is one int64 element.
     """
     site_word = torch.tensor(site & _U32, dtype=torch.int64, device=seed.device)
     return philox4x32((*counter, site_word), _philox_key(seed))
 
 
 def _halves(words: Tensor) -> Tensor:
-    """Return words [..., 4] as 16-bit halves [..., 4, 2], low half first."""
+    """Return 32-bit words [..., 4], int64, as 16-bit halves [..., 4, 2], low half first."""
     return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
 
 
@@ -140,7 +141,8 @@ def _wide(x: Tensor) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
 
-    A constant row gives exactly the bias, because a second mean corrects the rounding error of the first one.
+    `weight` and `bias` are [C], or None to leave them out. y has the dtype of x. A constant row gives exactly the bias,
+    because a second mean corrects the rounding error of the first one.
     """
     wide = _wide(x)
     rough = wide.mean(-1, keepdim=True)
@@ -165,8 +167,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed).
 
-    `summed` has the wider dtype of `x` and `residual`. `seed` and `site`, the number of this dropout within a forward
-    pass, choose the mask; `seed` is needed if `dropout_p` is above 0.
+    Both have the shape of `x` and the wider dtype of `x` and `residual`. `weight` and `bias` are [C], or None to leave
+    them out. `seed` and `site`, the number of this dropout within a forward pass, choose the mask; `seed` is needed if
+    `dropout_p` is above 0.
     """
     dtype = torch.promote_types(x.dtype, residual.dtype)
     branch = _wide(x)
@@ -227,7 +230,8 @@ def attention_allowed(
 def packed_positions(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Return (sequence, position), int64 [T] each: the number of each packed token's sequence, and its place within it.
 
-    `cu_seqlens` [n + 1] holds the bounds of n sequences. Tokens behind the last sequence have the number n.
+    `cu_seqlens` [n + 1] holds the bounds of n sequences: sequence i begins at token `cu_seqlens[i]`. Tokens behind the
+    last sequence have the number n, and positions that count from its end.
     """
     tokens = torch.arange(T, device=cu_seqlens.device)
     starts = cu_seqlens.long()
@@ -253,9 +257,10 @@ def attention(
 ) -> Tensor:
     """Return dropout(softmax(scale Q Kᵀ where allowed)) V, [B, H, T, D]. A query that may attend to nothing gives 0.
 
-    q is [B, H, T, D], and k and v are [B, H, S, D]. See `attention_allowed` for the masks. `scale` is 1 / sqrt(D) by
-    default. `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is
-    needed if `dropout_p` is above 0.
+    q is [B, H, T, D], and k and v are [B, H, S, D]. `scale` is 1 / sqrt(D) by default. `causal`, `lengths`, `key_mask`,
+    `mask`, `cu_seqlens` (with B = 1) and `window` say which keys a query may attend to: see `attention_allowed`. `seed`
+    and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is needed if
+    `dropout_p` is above 0. The result has the dtype of q. Its memory is laid out [B, T, H, D].
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -286,7 +291,8 @@ def attention(
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
     """Return `attention` for a projection [B, T, 3C] that packs q, k and v, with merged heads: [B, T, C].
 
-    `options` are the keyword arguments of `attention`: masks, dropout and scale.
+    `options` are the keyword arguments of `attention`: causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p,
+    seed, site and scale.
     """
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
@@ -300,9 +306,10 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Return attention [B, H, D] from one query [B, H, D] a sequence to the first `lengths` [B] entries of its cache.
+    """Return the attention [B, H, D] of one query per sequence, q [B, H, D], to the first entries of its cache.
 
-    Keys and values of the cache are [B, H, S, D].
+    Sequence b attends to entries 0 to `lengths[b]` - 1 of `k_cache` and `v_cache`, [B, H, S, D] each. A length of 0
+    gives 0. The scale is 1 / sqrt(D).
     """
     return attention(q[:, :, None], k_cache, v_cache, causal=False, lengths=lengths)[:, :, 0]
 
@@ -323,8 +330,9 @@ def mlp(
 ) -> Tensor:
     """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F].
 
-    x and the result are [..., C]. `seed` and `site`, the number of this dropout within a forward pass, choose the
-    dropout mask; `seed` is needed if `dropout_p` is above 0. Raises `ValueError` for an unknown activation.
+    x and the result are [..., C], in the dtype of x. `activation` is "relu", "gelu" or "gelu_tanh"; any other raises
+    `ValueError`. `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed`
+    is needed if `dropout_p` is above 0.
     """
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)
@@ -351,8 +359,9 @@ def linear_cross_entropy(
 
     x is [..., C], weight [V, C] and target [...]. ε is `label_smoothing`, and a row with the target `ignore_index` is
     ignored. `reduction` is "mean" over the other rows (0 if there are none), "sum", or "none" for one loss a row,
-    [...], 0 if ignored. Ignored rows are left out of the products, except in a compiled graph, on meta and inside a
-    `vmap`, where the number of rows may not depend on data.
+    [...], 0 if ignored. The result is float32, or float64 for float64 inputs. Ignored rows are left out of the
+    products. The exceptions are reduction "none", a compiled graph, meta tensors and a `vmap`, where the number of rows
+    may not depend on data.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
@@ -380,8 +389,9 @@ def embedding(
 ) -> Tensor:
     """Return dropout(token_weight[tokens] + position_weight[positions]), [..., T, C] for tokens [..., T].
 
-    `positions` are 0 to T - 1 by default. `seed` and `site`, the number of this dropout within a forward pass, choose
-    the dropout mask; `seed` is needed if `dropout_p` is above 0.
+    The tables are [V, C] and [P, C]. `positions`, [T] or in the shape of `tokens`, are 0 to T - 1 by default. `seed`
+    and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is needed if
+    `dropout_p` is above 0. The result has the dtype of `token_weight`.
     """
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
@@ -433,7 +443,7 @@ class GPT(nn.Module):
         self.output_layer = nn.Linear(hidden_dim, num_tokens)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of tokens [B, T]."""
+        """Return the logits [B, T, V] of tokens [B, T], int64. In training mode PyTorch's dropout is active."""
         T = tokens.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)  # True: may not attend
         x = self.dropout(self.token_emb(tokens) + self.pos_emb[:, :T])
@@ -442,5 +452,5 @@ class GPT(nn.Module):
         return self.output_layer(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the probabilities [B, T, V] of tokens [B, T]."""
+        """Return the probabilities [B, T, V] of tokens [B, T], int64: the softmax of `logits`."""
         return torch.softmax(self.logits(tokens), dim=-1)

@@ -69,8 +69,8 @@ def score(
     """Return log p(w_t | w_<t) of every token, with p = softmax(output_layer(trunk(tokens))).
 
     The [B, T, V] logits are never stored. Rows longer than the model's seq_len are read in windows, as transformers'
-    recipe for perplexity reads them: a window has seq_len tokens, begins `stride` tokens after the one before, and
-    scores the tokens that no window before it has scored.
+    recipe for perplexity reads them. A window has at most seq_len tokens and begins `stride` tokens after the one
+    before. It scores the tokens that no window before it has scored.
 
     Args:
         model: A `GPTForCausalLM`, a `GPT`, a head with a joint loss, or, with `labels`, a `GPTForMaskedLM`. Wrappers of
@@ -162,9 +162,10 @@ def score(
 def sliding(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Return the windows over a row of `length` tokens, in order, as (begin, first, end).
 
-    The model reads tokens begin to end - 1, at most `seq_len` of them, and scores tokens first to end - 1. `begin` is a
-    multiple of `stride`, and `first` is the `end` of the window before, or 0 in the first window. Each token is in the
-    scored part of exactly one window. A row without tokens has no window.
+    The model reads tokens begin to end - 1, at most `seq_len` of them, and scores tokens first to end - 1. `begin` is
+    0, `stride`, 2 `stride` and so on, until a window reaches the end of the row. `first` is the `end` of the window
+    before, or 0 in the first window. Each token is in the scored part of exactly one window, if `stride` is at most
+    `seq_len`. A row without tokens has no window.
     """
     found: list[tuple[int, int, int]] = []
     for begin in range(0, length, stride):
@@ -185,11 +186,14 @@ def score_windows(
 ) -> list[Tensor]:
     """Return [log_probs, predicted] or, if `greedy`, [log_probs, predicted, most_probable].
 
-    Each result has one dimension: the tokens of all `rows`, one row after another. `log_probs` is float32, 0 where
-    nothing is predicted. `predicted` is True where a token is predicted, and `most_probable` where that token is the
-    most probable one. A row holds token ids [T]. The entry of `targets` for a row, [T] as well, holds the token to be
-    scored at each position, or -100 for none. Each of `windows` chooses tokens that the model reads and tokens that are
-    scored, and `batch_size` windows make a forward pass.
+    Each result has one dimension: the tokens of all `rows`, one row after another, on the device of the rows.
+    `log_probs` is float32, 0 where nothing is predicted. `predicted` is True where a token is predicted, and
+    `most_probable` where that token is the most probable one. A row holds token ids [T]. The entry of `targets` for a
+    row, [T] as well, holds the token to be scored at each position, or -100 for none.
+
+    A `Window` (row, begin, first, end) lets `model` read tokens begin to end - 1 of a row and score tokens first to
+    end - 1. A causal model cannot score token `begin`, which nothing precedes, and does not read the last token.
+    Windows of like lengths share a forward pass, `batch_size` of them. The model is in evaluation mode meanwhile.
     """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
@@ -228,12 +232,16 @@ def score_windows(
 def score_continuations(
     model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> list[Continuation]:
-    """Return the `Continuation` (log_prob, is_greedy) of each pair (context, continuation) of token ids.
+    """Return the `Continuation` (log_prob, is_greedy) of each pair (context, continuation) of token ids, in order.
 
-    If both together are longer than the model's positions, the context loses its first tokens.
+    `log_prob` is the sum of the log-probabilities of the continuation's tokens after the context, and `is_greedy` is
+    True if each of them is the most probable one. If both together have more than seq_len + 1 tokens, the context loses
+    its first ones. `batch_size` pairs share a forward pass. `model` has to be causal: a `GPTForMaskedLM` is not
+    refused, but reads the tokens that it scores.
 
     Raises:
-        ValueError: A context or continuation is empty, or a continuation has more than seq_len tokens.
+        ValueError: A context or continuation is empty, a continuation has more than seq_len tokens, an id lies outside
+            the vocabulary, or `model` has no output layer for a language model.
     """
     model = unwrapped(model, "score")
     config = _trunk(model).config
@@ -258,9 +266,10 @@ def score_continuations(
 
 
 def _trunk(model: Any) -> Any:
-    """Return the trunk of a language model: embeddings and blocks, with the configuration as `config`.
+    """Return the trunk of a language model: its part without the output layer, with the configuration as `config`.
 
-    Raises `ValueError` if the model has no output layer for a language model.
+    For a `GPT` that is the model itself. Raises `ValueError` unless `model` is a `GPT`, a `GPTForMaskedLM` or a head
+    with a causal output layer.
     """
     return model.trunk if isinstance(model, GPTForMaskedLM) else parts(model, "score")[0]
 
@@ -276,7 +285,10 @@ def _hidden(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _losses(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy, float32 [N], of output_layer(hidden) for hidden states [N, C] and target ids [N]."""
+    """Return the cross-entropy [N] of output_layer(hidden) for hidden states [N, C] and target ids [N].
+
+    It is float32 (float64 for a plain output layer and float64 states), and each row has its own value.
+    """
     if _plain.is_plain(output_layer, nn.Linear):
         return ops.linear_cross_entropy(hidden, output_layer.weight, targets, output_layer.bias, reduction="none")
     chunks = [
@@ -287,26 +299,29 @@ def _losses(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _is_most_probable(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return bool [N], True where the id in `targets` [N] has the largest logit of output_layer(hidden [N, C])."""
+    """Return bool [N], True where the id in `targets` [N] has the largest logit of output_layer(hidden [N, C]).
+
+    Of equal largest logits only the one that `argmax` picks counts.
+    """
     chunks = [output_layer(x).argmax(-1) == target for x, target in _chunks(output_layer, hidden, targets)]
     return torch.cat(chunks) if chunks else torch.zeros_like(targets, dtype=torch.bool)
 
 
 def _chunks(output_layer: Any, hidden: Tensor, targets: Tensor) -> Any:
-    """Return pairs (hidden, targets) that split hidden states [N, C] and target ids [N] into few rows each.
+    """Return an iterable of pairs (hidden, targets) that split hidden states [N, C] and ids [N] into few rows each.
 
-    The logits of a pair, which the caller computes with `output_layer`, are about `_CHUNK` numbers. There is no pair if
-    N is 0.
+    The logits of a pair, which the caller computes with `output_layer`, are at most `_CHUNK`, 2^22, numbers, but a pair
+    has at least one row. A layer without `out_features` gets one row each. There is no pair if N is 0.
     """
     size = max(1, _CHUNK // getattr(output_layer, "out_features", _CHUNK))
     return zip(hidden.split(size), targets.split(size), strict=True) if len(targets) else ()
 
 
 def _stride(stride: int | None, seq_len: int) -> int:
-    """Return `stride` if it is valid, or half of `seq_len` for None.
+    """Return `stride` if it is valid, or half of `seq_len`, rounded down but at least 1, for None.
 
     Raises:
-        ValueError: It is not an integer from 1 to `seq_len`.
+        ValueError: `stride` is neither None nor an integer from 1 to `seq_len`.
     """
     if stride is None:
         return max(1, seq_len // 2)
@@ -317,10 +332,10 @@ def _stride(stride: int | None, seq_len: int) -> int:
 
 
 def _texts(inputs: Any, tokenizer: Any) -> Sequence[str]:
-    """Return the list of texts in `inputs`, one text or several.
+    """Return the texts in `inputs`: a list of one for a string, else `inputs` itself.
 
     Raises:
-        ValueError: `inputs` holds something else than texts, or there is no tokenizer.
+        ValueError: `inputs` is neither a string nor a sequence of strings, or `tokenizer` has no `encode`.
     """
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
@@ -332,9 +347,10 @@ def _texts(inputs: Any, tokenizer: Any) -> Sequence[str]:
 
 
 def _encoded(model: Any, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return (tokens [B, T], lengths [B]): the ids of texts behind the model's start token, padded on the right.
+    """Return (tokens [B, T], lengths [B]), int64 on the model's device: the ids of B texts, padded on the right with 0.
 
-    `lengths` holds the number of ids of each text, with the start token.
+    If the model has a start token, each row begins with it. `lengths` holds the number of ids of each row. `tokenizer`
+    is a `tokenizers.Tokenizer` or one of transformers, and adds no special tokens.
     """
     start = _trunk(model).config.start_token
     rows = []
@@ -349,11 +365,11 @@ def _encoded(model: Any, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, 
 def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """Return the bool mask [B, T] of `tokens` [B, T], False at padding.
 
-    `lengths` [B] are the numbers of tokens in rows that are padded on the right, and `key_mask` [B, T] is the mask
-    itself. Without either no token is padding.
+    `lengths` [B], integers, are the numbers of tokens in rows that are padded on the right. `key_mask`, bool [B, T], is
+    the mask itself. Without either no token is padding.
 
     Raises:
-        ValueError: Both are given, or one does not fit the tokens.
+        ValueError: Both are given, one has another shape or dtype, or a length lies outside [0, T].
     """
     if lengths is not None and key_mask is not None:
         raise ValueError("gpt_fast.score: got both lengths and a mask; expected one of them")
@@ -373,7 +389,7 @@ def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Te
 
 
 def _check_ids(name: str, ids: Tensor, V: int) -> None:
-    """Raise `ValueError` if one of the token `ids` of the argument `name` is not in [0, V)."""
+    """Raise `ValueError` for the first of the `ids` that is not in [0, V). The message names the argument, `name`."""
     wrong = ids[(ids < 0) | (ids >= V)]
     if wrong.numel():
         raise ValueError(f"gpt_fast.score: {name} holds {int(wrong[0])}; expected ids in [0, {V})")

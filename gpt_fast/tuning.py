@@ -64,27 +64,29 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
-    """Return name → (lowest, highest) for each number of a launch configuration, such as a tile size, in their order.
+    """Return name → (lowest, highest) for each number of a launch configuration, in their order in the tuple.
 
-    `row` is a `Row` of the table of the op named `op`.
+    A configuration is a tuple of integers such as tile sizes, warps and stages. `row` is a `Row` of the table of the op
+    named `op`; its kernel decides which numbers there are. The tuner tries values in these ranges, both ends included.
     """
     ranges = LIMITS.get(row.kernel) or LIMITS[op]
     return ranges | {"late": (0, 1)} if op == "attention" and row.kernel == "fwd" else ranges
 
 
 def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
-    """Return `config` with zeros added at the end for the numbers that a row of the table may leave out.
+    """Return the tuple `config` with zeros added at its end, so that it has as many numbers as `ranges` has entries.
 
-    `ranges` has an entry for each number; see `limits`.
+    A row of the table may leave out its last numbers if they are 0. `ranges` is a result of `limits`.
     """
     return (*config, *(0,) * (len(ranges) - len(config)))
 
 
 def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
-    """Yield each configuration that differs from `config` in one number by one step, inside the `ranges` of `limits`.
+    """Yield each configuration that differs from `config` in one number by one step, inside `ranges`.
 
-    A step adds or subtracts 1 for "stages", "programs", "cublaslt" and "late". It switches between 0 and the largest
-    value for "registers" and for the "rows" of a product with few rows. It doubles or halves any other number.
+    `ranges`, a result of `limits`, maps the name of each number to (lowest, highest), both included, in the order of
+    `config`. A step adds or subtracts 1 for "stages", "programs", "cublaslt" and "late". It switches between 0 and the
+    largest value for "registers" and for the "rows" of a product with few rows. It doubles or halves any other number.
     """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
@@ -101,9 +103,10 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
 
 
 def candidates(op: str, row: Row, architecture: int) -> list[Config]:
-    """Return the launch configurations that a prediction favours for the kernel, element size and shapes of `row`.
+    """Return the launch configurations that a prediction favours for kernel, element size and largest size of `row`.
 
-    They come from `launch_configs.CANDIDATES`, for GPUs of this `architecture` (80 is sm_80) or an earlier one.
+    They come from `launch_configs.CANDIDATES[op]`, for GPUs of this `architecture` (80 is sm_80) or an earlier one.
+    Nobody has measured them yet. The list may be empty.
     """
     place = (row.kernel, row.element, row.size)
     return [
@@ -119,9 +122,10 @@ def climb(
     """Return the fastest configuration found by steps from the fastest of `start` and `others`.
 
     Each step measures all `neighbours` of the best configuration, with each number inside its range (low, high) of
-    `ranges`, both included. It moves to the fastest neighbour if that neighbour's time is less than `GAIN` times the
-    best time, and ends the search otherwise. Each configuration is measured once. `measure` returns inf for a
-    configuration that does not run. The result is `start` if none runs.
+    `ranges`, both included. It moves to the fastest one if its time is less than `GAIN` (0.98) times the best time, and
+    ends the search otherwise. The first move, to one of `others`, has to be as much faster than `start`. `measure` is
+    called once for each configuration, and returns its time, or inf for one that does not run. The result is `start` if
+    none runs.
     """
     times = {start: measure(start)}
     best, following = start, others
@@ -140,8 +144,10 @@ def climb(
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
     """Return a function without arguments that runs the kernels of `op` to be timed for a `row` of its table.
 
-    The kernels run on random tensors on `device`. The tensors have the row's element size and the largest size that the
-    row serves, or GPT-2's width of 768 if it serves all.
+    For attention's kernel "fwd", mlp's "few" and decode_attention it runs the forward pass alone, for attention's other
+    kernels and linear the backward pass alone, and else both. The tensors are random and made now, on `device`. They
+    have the row's element size and the largest size that it serves, or GPT-2's width of 768 if it serves all. The
+    forward pass that attention's backward needs runs now, once.
     """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
@@ -211,14 +217,17 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
 
-    The table of configurations chooses between the two at each run. `row` names the activation, `dy` is the upstream
-    gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight and proj_bias. The function raises `RuntimeError` if
-    cuBLASLt is chosen and its tests do not pass here.
+    At each run the table of configurations chooses cuBLASLt if it has a 1 for `row`, else Triton. `row.kernel` is
+    "cublaslt " and the activation, `dy` is the upstream gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight
+    and proj_bias. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
     """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:
-        """Run forward and backward once, by the implementation that the table chooses now."""
+        """Run forward and backward once on the tensors given to `either_mlp`, by what the table chooses for `row` now.
+
+        Raises `RuntimeError` if that is cuBLASLt and its tests do not pass.
+        """
         if cublaslt_serves("mlp", row, dy.device):
             _, hidden, mask = operators.mlp_cublaslt_forward(*inputs, activation, True)
             operators.mlp_cublaslt_backward(dy, *inputs[:4], hidden, mask, activation, needs)
@@ -233,9 +242,9 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
 def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs the backward of a linear layer, by cuBLASLt or by PyTorch's products.
 
-    The table of configurations chooses between the two at each run. `row` is its row for "linear", `dy` the upstream
-    gradient, `x` the layer's input and `weight` its weight. The function raises `RuntimeError` if cuBLASLt is chosen
-    and its tests do not pass here.
+    It computes the gradients of x, weight and bias. At each run the table of configurations chooses cuBLASLt if it has
+    a 1 for `row`, one of its rows for "linear". `dy` is the upstream gradient, `x` the layer's input and `weight` its
+    weight, all matrices. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
     """
 
     def run() -> None:
@@ -250,7 +259,8 @@ def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Ten
 def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
     """Return True if the table chooses cuBLASLt for the op and the shapes of `row` on the GPU `device`.
 
-    Raise `RuntimeError` if the table does and the tests of the op by cuBLASLt do not pass here.
+    Raise `RuntimeError` if the table does and the tests of the op by cuBLASLt do not pass here. The first such call for
+    an op in a process runs these tests.
     """
     config = launch_configs.pick(op, row.kernel, launch_configs.architecture(device), row.element, row.size)
     if config == (1,) and not cublaslt_tests_pass(op):
@@ -260,7 +270,11 @@ def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
 
 @functools.cache
 def cublaslt_tests_pass(op: str) -> bool:
-    """Return True if an op by cuBLASLt was built and passes its tests on this GPU, which run once in a process."""
+    """Return True if pytest passes at least one test of `op` by cuBLASLt on this GPU, and none fails.
+
+    The tests are tests/ops/test_<op>_cublaslt.py, which only a checkout has, in the current folder. They run in a
+    process of their own, once for each op; the result is cached. The last line of their output is printed.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"tests/ops/test_{op}_cublaslt.py"]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
@@ -271,15 +285,19 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
-    """Return a function that times a launch configuration for the kernel, element size and shapes of `row`.
+    """Return a function that times a launch configuration for the kernel, element size and largest size of `row`.
 
-    The function returns the time in the unit of `timer`, or inf for a configuration that does not compile or run.
-    `timer` is called with the function that `work(op, row, device)` returns, and returns its time.
+    The function takes the configuration, a tuple. It returns the time in the unit of `timer`, or inf if the
+    configuration does not compile or run. The tables hold the configuration, for `architecture` (80 is sm_80), only
+    meanwhile. `timer` is called with the function that `work(op, row, device)` returns, and returns its time.
     """
     run = work(op, row, device)
 
     def measure(config: Config) -> float:
-        """Return the time of the kernels with `config`, or inf if they do not compile or run."""
+        """Return the time of the kernels with the launch configuration `config`, or inf if they do not compile or run.
+
+        The kernels and the timer are those of the enclosing `measurer`. The tables are as before afterwards.
+        """
         try:
             with launch_configs.trying(op, row._replace(architecture=architecture, config=config)):
                 return timer(run)
@@ -290,19 +308,21 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def serving(op: str, row: Row, architecture: int) -> Config:
-    """Return the launch configuration that the tables choose for the kernel, element size and shapes of `row`.
+    """Return the launch configuration that the tables choose now for kernel, element size and largest size of `row`.
 
-    `architecture` is that of the GPU (80 is sm_80). Numbers that the table leaves out are 0.
+    `architecture` is that of the GPU (80 is sm_80). Numbers at the end that the table leaves out are 0. The `config` of
+    `row` itself is not used.
     """
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
 
 
 def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
-    """Return `row` with the fastest configuration that a search (`climb`) finds, with this `architecture` and `source`.
+    """Return a copy of `row` with the fastest configuration that a search finds, and this `architecture` and `source`.
 
-    `architecture` is that of the GPU (80 is sm_80), `source` says how the row was found, and `timer` returns the time
-    of a function that runs kernels.
+    The search (`climb`) measures on the current GPU. It starts from the configuration that the tables choose now and
+    the candidates of `launch_configs.CANDIDATES`. `architecture` is that of the GPU (80 is sm_80), and `source` is a
+    text that says how the row was found. `timer` returns the time of a function that runs kernels.
     """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
@@ -313,10 +333,11 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
     """Measure all classes of shapes of the ops in `names`, and yield (op, row, is_new) for each.
 
     A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
-    configuration, and `is_new` is True if it is not the shipped one. Rows with `is_new` are written to `path` as soon
-    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. `device` is
-    the name of the GPU and `architecture` its number (80 is sm_80). `timer` returns the time of a function that runs
-    kernels. Raises `ValueError` if the file is damaged.
+    configuration, and `is_new` is True if it is not the shipped one. Whenever an op is done, the file `path` is written
+    with its rows that are new; the folder is made if needed. Rows of other ops in that file stay if they are of the
+    same `device` and Triton. `device` is the name of the GPU and `architecture` its number (80 is sm_80). `timer`
+    returns the time of a function that runs kernels. While this generator is under way, the whole process uses shipped
+    configurations alone. Raises `ValueError` if the file is damaged.
     """
     rows: dict[str, list[Row]] = {}
     if path.is_file():
@@ -342,8 +363,8 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
     A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
     one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
-    "ms" is None, and "of_shipped" is missing. `architecture` is that of the GPU (80 is sm_80), and `timer`
-    returns the milliseconds of a function that runs kernels on `device`.
+    "ms" is None, and "of_shipped" is missing. Each configuration has one record. `architecture` is that of the GPU (80
+    is sm_80), and `timer` returns the milliseconds of a function that runs kernels on `device`.
     """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
@@ -357,7 +378,7 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def classes(op: str) -> list[Row]:
-    """Return one row of an op's table for each kernel, element size and largest size.
+    """Return one row of the shipped table of `op` for each kernel, element size and largest size in it.
 
     Rows for Triton's interpreter are left out. If several architectures have a row, it is the last one in the table.
     """
@@ -366,14 +387,17 @@ def classes(op: str) -> list[Row]:
 
 
 def one_at_a_time(timer: Timer, lock: Path) -> Timer:
-    """Return a timer that runs its argument once, to compile it, and then times it while it holds the file `lock`.
+    """Return a timer that runs its argument once, to compile it, and then times it while it locks the file `lock`.
 
-    Other processes with the same file wait for the lock, so that one process at a time is measured. `timer` does the
-    timing.
+    The file is made if needed. Other processes with the same file wait for the lock, so that one process at a time is
+    measured. `timer` does the timing, and its result is returned.
     """
 
     def timed(run: Callable[[], object]) -> float:
-        """Run `run` once, and return its time from `timer`, measured while this process holds the lock."""
+        """Run the function `run` once, then return `timer(run)`, measured while this process holds the file lock.
+
+        `timer` and the lock's path are the arguments of the enclosing `one_at_a_time`.
+        """
         run()
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -383,12 +407,13 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Measure the records of `compared` for a part of all classes of shapes. Append them to the file `path`.
+    """Time the configurations of a part of all classes of shapes on this GPU, and append records to the file `path`.
 
     A class is a kernel with an element size and a largest size. `names` are the names of ops. `part` "2/8" takes every
-    eighth class from the second on. 16-bit classes come first, and the ops keep the order of `names`. Each record is
-    printed, and is a JSON object on a line of the file. Processes that share the work compile side by side and time one
-    after the other.
+    eighth class from the second on. 16-bit classes come first, and the ops keep the order of `names`. A record is a
+    dict as `compared` yields it, with the configuration and its "ms". It is printed and becomes a JSON object on a line
+    of the file. Processes that share the work compile side by side and time one after the other, by a lock on `path`
+    with the suffix ".lock".
     """
     number, parts = (int(value) for value in part.split("/"))
     every = [(op, row) for op in names for row in classes(op)]
@@ -402,5 +427,8 @@ def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
 
 
 def median(run: Callable[[], object]) -> float:
-    """Return the median time of `run`, a function that runs kernels, in milliseconds."""
+    """Return the median time of `run`, a function that runs kernels on a GPU, in milliseconds.
+
+    Triton's `do_bench` calls it for about 10 ms to warm up and 50 ms to measure.
+    """
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")

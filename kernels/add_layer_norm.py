@@ -59,7 +59,8 @@ def _bwd_kernel(
     """Write dresidual [M, N], and dx if HAS_DX, for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
     Program p begins at tile p. dresidual is the norm's gradient plus dsummed, the upstream gradient of `summed`, if
-    HAS_DSUMMED. dx is dresidual through dropout, whose arguments are those of `_fwd_kernel`. If NEEDS_SUMS, the sums of
+    HAS_DSUMMED. dx is dresidual through dropout: with HAS_DROPOUT, an element that the forward pass dropped is 0, and
+    others are multiplied by `scale`. `seed_ptr`, `site` and `threshold` give its mask again. If NEEDS_SUMS, the sums of
     program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32 each.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -115,10 +116,11 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (normed, summed, mean, rstd): summed = residual + dropout(x), its norm, and the norm's float32 statistics.
 
-    x and residual are [..., C], weight and bias [C], mean and rstd [...]. `seed` is one int64 element on x's device.
-    `summed` has the wider dtype of x and residual, and `normed` the same unless `normed_dtype` is given. Dropout drops
-    an element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
-    multiplies others by `scale`. Without a seed there is no dropout.
+    x and residual are [..., C], weight and bias [C] or None, mean and rstd = 1 / sqrt(variance + eps) [...]. `seed` is
+    one int64 element on x's device. `summed` has the wider dtype of x and residual, and `normed` the same unless
+    `normed_dtype` is given. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
+    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout. If x has no
+    elements, mean and rstd are NaN. A C above 65,536 raises `ValueError`.
     """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -161,10 +163,11 @@ def backward(
     """Return the gradients (dx, dresidual, dweight, dbias).
 
     `dnormed` and `dsummed` are the upstream gradients of the outputs `normed` and `summed`; `dsummed` may be None for
-    0. `summed`, mean and rstd are results of `forward`. dx has shape [0] if it equals dresidual, that is without
-    dropout and if x and residual have one dtype. dweight and dbias [N] have shape [0] if not needed. Dropout drops an
-    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
-    others by `scale`. Without a seed there is no dropout.
+    0. `summed`, mean and rstd are results of `forward`. dx and dresidual have the shape of `summed`, in `x_dtype` and
+    `residual_dtype`. dx has shape [0] if it equals dresidual, that is without dropout and if x and residual have one
+    dtype. dweight and dbias are [C] in the dtype of the weight, or of `summed` without one; each has shape [0] if not
+    needed. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     N = summed.shape[-1]
     has_dx = seed is not None or x_dtype != residual_dtype

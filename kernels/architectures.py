@@ -47,7 +47,7 @@ NVCC_FLAGS = [
 def serving(capability: int) -> Architecture:
     """Return the row of ARCHITECTURES that serves a GPU: the one with the largest capability up to `capability`.
 
-    `capability` is a compute capability times ten. Raise `ValueError` if it is below those of all rows.
+    `capability` is a compute capability times ten, such as 90. Raise `ValueError` if it is below those of all rows.
     """
     older = [row for row in ARCHITECTURES if row.capability <= capability]
     if not older:
@@ -59,7 +59,9 @@ def fits(architecture: int, capability: int) -> bool:
     """Return True if launch configurations made for `architecture` may be used on a GPU with this compute capability.
 
     Both numbers are compute capabilities times ten, or INTERPRETER. Configurations of Triton's interpreter are for it
-    alone. A GPU without a row in ARCHITECTURES, such as an RTX 4090 (89), may have configurations of its own too.
+    alone. Others fit a GPU of the very same capability. They also fit a GPU whose row in ARCHITECTURES (see `serving`)
+    has that capability, or has it or a newer one in its field `rows`. A GPU without a row, such as an RTX 4090 (89),
+    may thus have configurations of its own. Raise `ValueError` for a GPU older than all rows.
     """
     if INTERPRETER in (architecture, capability):
         return architecture == capability
@@ -68,7 +70,11 @@ def fits(architecture: int, capability: int) -> bool:
 
 @functools.cache
 def has_descriptors(capability: int) -> bool:
-    """Return True if tensor descriptors work on a GPU of this compute capability, times ten, or for INTERPRETER."""
+    """Return True if the kernels use tensor descriptors on a GPU of this compute capability, or for INTERPRETER.
+
+    The capability is times ten, such as 90. The row of ARCHITECTURES that serves the GPU decides. Raise `ValueError`
+    for a GPU older than all rows.
+    """
     return capability == INTERPRETER or serving(capability).descriptors
 
 

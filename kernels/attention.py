@@ -127,8 +127,8 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
     """Return (matrix, tile, tiles): this program's head, its tile of the head's rows, and how many tiles a head has.
 
     `matrix` is batch · H + head, int64. A head has `rows` rows, and a tile BLOCK of them; `tile` counts from 0. The
-    grid is (tiles, heads). CUDA allows 65,535 programs in a grid's second dimension. For more heads the grid has one
-    dimension (FLAT), which costs a division and up to four registers.
+    grid is (tiles, heads), or with FLAT (tiles · heads,). CUDA allows 65,535 programs in a grid's second dimension, so
+    more heads need FLAT, which costs a division and up to four registers.
     """
     if FLAT:
         tiles = tl.cdiv(rows, BLOCK)
@@ -145,8 +145,8 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
     The rows are queries and the other axis, of `others` rows, is keys, or the reverse. The row at position `offs` meets
     offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `length_ptr`
-    is given, x is also below the length of batch row b. If `packing` (see Packing) is, x is in the row's own sequence.
-    `mask_offs` is True for rows that exist.
+    is not None, x is also below the length of batch row b. If `packing`, a Packing, has pointers, x is also in the
+    row's own sequence. `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -160,10 +160,11 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the Ranges of the tiles that a program loops over: BLOCK rows each of the other axis's `others` rows.
+    """Return the Ranges (begin, inside, outside, end), rows of the other axis between which a program loops over tiles.
 
-    `first` and `last` are the results of `_bounds` for the program's own rows; `mask_rows` is True for those that
-    exist. If ALL_MASKED, every tile counts as one that needs a mask.
+    A tile has BLOCK rows. Tiles in [inside, outside) need no mask; tiles in [begin, inside) and [outside, end) do.
+    `first` and `last` are the results of `_bounds` for the program's own rows, `mask_rows` is True for those that
+    exist, and the other axis has `others` rows. If ALL_MASKED, every tile counts as one that needs a mask.
     """
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
@@ -177,15 +178,15 @@ def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _masked_tiles(ranges, BLOCK: tl.constexpr):
-    """Return the number of tiles in `ranges`, a Ranges, that need a mask."""
+    """Return how many tiles of BLOCK rows in `ranges` need a mask: those in [begin, inside) and [outside, end)."""
     return tl.cdiv(ranges.inside - ranges.begin, BLOCK) + tl.cdiv(ranges.end - ranges.outside, BLOCK)
 
 
 @triton.jit
 def _masked_start(n, ranges, BLOCK: tl.constexpr):
-    """Return the first row of the n-th tile that needs a mask in `ranges`, a Ranges.
+    """Return the first row of the n-th tile, counted from 0, that needs a mask in `ranges`, a Ranges.
 
-    Tiles from `begin` to `inside` come first, then tiles from `outside` on.
+    Tiles from `ranges.begin` to `ranges.inside` come first, then tiles from `ranges.outside` on. A tile has BLOCK rows.
     """
     before = tl.cdiv(ranges.inside - ranges.begin, BLOCK)
     start = tl.where(n < before, ranges.begin + n * BLOCK, ranges.outside + (n - before) * BLOCK)
@@ -196,8 +197,9 @@ def _masked_start(n, ranges, BLOCK: tl.constexpr):
 def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexpr):
     """Load rows start + offs of one head of a tensor by pointers, as a tile [len(offs), BLOCK_D].
 
-    Columns from D on are zeros. `source` is a Source and `head` a Head. If MASKED, rows from `limit` on, the number of
-    the head's rows, are zeros too; otherwise the caller knows that all rows exist.
+    `source` is a Source: the pointer to the head's first element and the strides of rows and columns. `head` is a Head,
+    whose `offs_d` [BLOCK_D] are the columns; columns from D on are zeros. If MASKED, rows from `limit` on, the number
+    of the head's rows, are zeros too; otherwise the caller knows that all rows exist.
     """
     first = tl.full((), 0, dtype=tl.int64) + start
     ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
@@ -213,8 +215,9 @@ def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexp
 def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr):
     """Load rows start + walk.offs of a tensor that a loop goes through tile by tile, as a tile [BLOCK, BLOCK_D].
 
-    `source` is a Source, `walk` a Walk and `head` a Head. If DESCRIBED, the source holds a tensor descriptor, which
-    gives zeros past the tensor's end. If MASKED, rows from `walk.end` on are zeros too. Columns from D on are zeros.
+    `source` is a Source, `head` a Head, and `walk` a Walk, whose `end` is the row to stop before. Columns from D on are
+    zeros. If DESCRIBED, the source holds a descriptor of the whole tensor, which gives zeros past the tensor's end. If
+    MASKED, rows from `walk.end` on are zeros too, but with a descriptor only if `walk.cut` is not None.
     """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
@@ -231,8 +234,9 @@ def _allowed(x, rows, i, j, head, masks):
     """Return a bool tile, True where query i may attend to key j, of a program's own rows and rows of the other axis.
 
     `i` and `j` are positions that broadcast against each other, and `x` is that of the two which is the row of the
-    other axis. A pair is allowed if x lies in the interval of `rows` (see Rows), and if the masks that are given (see
-    Masks) are True. `head` is a Head.
+    other axis. A pair is allowed if rows.first <= x < rows.last (`rows` is a Rows) and if the masks in `masks` (a
+    Masks) that are not None are True: key_mask [B, S] at j, mask [B, H, T, S] at (i, j). `head` is a Head, which names
+    batch row and head.
     """
     allowed = (x >= rows.first) & (x < rows.last)
     if masks.key_mask_ptr is not None:
@@ -249,7 +253,8 @@ def _allowed(x, rows, i, j, head, masks):
 def _without_padding(x, j, head, masks):
     """Return keys or values x [BLOCK, BLOCK_D] at positions j [BLOCK], with zeros in rows that key_mask excludes.
 
-    `head` is a Head and `masks` a Masks with a key_mask. Padding may hold NaN, which a product would spread.
+    `head` is a Head, which names the batch row, and `masks` a Masks with a key_mask [B, S], True for a key that counts.
+    Padding may hold NaN, which a product would spread.
     """
     ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
     live = tl.load(ptrs, mask=j < masks.S, other=0) != 0
@@ -275,9 +280,10 @@ def _coordinates(offs, mask_offs, packing, bh, h, H):
 def _walked_position(start, walk, dropout):
     """Return the positions of rows start + walk.offs, counted from where the sequences of the program's own rows start.
 
-    `walk` is a Walk and `dropout` a Dropout. The result is [1, BLOCK], or [own rows, BLOCK] for packed sequences.
-    `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`; without the known zero
-    bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many instructions.
+    `walk` is a Walk and `dropout` a Dropout, whose `start` [own rows, 1] has these starts. The result is [own rows,
+    BLOCK]. `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`. Without the
+    known zero bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many
+    instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
@@ -287,7 +293,8 @@ def _walked_position(start, walk, dropout):
 def _keep(i, j, dropout):
     """Return a bool tile, True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout.
 
-    `i` and `j` are positions within a sequence that broadcast against each other.
+    `i` and `j` are positions within a sequence that broadcast against each other. A probability is kept if its 16
+    random bits, a function of i, j and the Dropout's seed, site and matrix number, are at least its threshold.
     """
     return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
 
@@ -362,12 +369,12 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Write out and lse, the logarithm of the sum of exponentials, for BLOCK_M queries of one head.
 
-    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper,
-    and of these only such as the given masks allow; a mask is not given if its pointer is None. `start_ptr`, `end_ptr`
-    and `sequence_ptr` describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a
-    function of the seed, `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A
-    query without keys gets out 0 and lse +inf. ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`,
-    and LATE as in `_fwd_tile`.
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A query without keys gets
+    out 0 and lse +inf; one whose scores are all -inf gets NaN. ALL_MASKED says that every tile needs a mask, FLAT that
+    the grid has one dimension, and LATE that scores are scaled after taking their maximum.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -481,9 +488,14 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
 
-    delta is rowsum(dO · O). In `rows_ptr` lse is times log2(e) and delta times 1 - p, p the dropout probability;
-    `_saved_rows` reads them. Masks, positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what
-    it means in `_program`.
+    delta is rowsum(dO · O), for the output at `out_ptr` and its gradient at `do_ptr`. In `rows_ptr` lse is times
+    log2(e), +inf past the last query, and delta times 1 - p, p the dropout probability.
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
+    tile needs a mask, and FLAT that the grid has one dimension.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -569,9 +581,9 @@ def _bwd_dkdv_tile(
     """Return (dk, dv) after one more tile of queries, which begins at query `start`.
 
     dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale. k
-    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` and `bh`
-    are as in `_saved_rows`. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks` and
-    `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` holds what
+    `_bwd_dq_kernel` has saved of the queries, and `bh` is batch · H + head. MASKED is False for a tile that needs no
+    mask. `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
     """
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
@@ -621,8 +633,14 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     """Write the gradients of BLOCK_N keys and values of one head to dk and dv.
 
-    `rows_ptr` holds lse · log2(e) and delta · (1 - p) of the queries, which `_bwd_dq_kernel` has saved. Masks,
-    positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what it means in `_program`.
+    `rows_ptr` holds lse · log2(e) and delta · (1 - p) of the queries, which `_bwd_dq_kernel` has saved; p is the
+    dropout probability, and delta = rowsum(dO · O).
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
+    tile needs a mask, and FLAT that the grid has one dimension.
     """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
@@ -676,7 +694,7 @@ def _bwd_dkdv_kernel(
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
     """Return (launch configuration, BLOCK_D) of the kernel "fwd", "bwd_dq" or "bwd_dkdv" for q [B, H, T, D].
 
-    BLOCK_D is D padded to a power of two of at least 16.
+    BLOCK_D is D padded to a power of two of at least 16. The table is read for q's device, element size and BLOCK_D.
     """
     D = q.shape[-1]
     BLOCK_D = max(16, next_power_of_2(D))
@@ -687,8 +705,8 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
 def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     """Return the launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles of `rows` rows.
 
-    They are {"DESCRIBED": bool} and the tensors by their names. DESCRIBED is True if all of them can be read by tensor
-    descriptors. They are then replaced by their descriptors.
+    They are {"DESCRIBED": bool} and the tensors by their names, such as k_ptr. DESCRIBED is True if all of them can be
+    read by tensor descriptors. They are then replaced by their descriptors, for tiles [1, 1, rows, BLOCK_D].
     """
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
     if all(describable(x, architecture) for x in tensors.values()):
@@ -724,11 +742,12 @@ class Options(NamedTuple):
 def _shared_arguments(
     q: torch.Tensor, k: torch.Tensor, options: Options, threshold: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take.
+    """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take, by name.
 
-    q is [B, H, T, D] and k [B, H, S, D]. The arguments are the masks with their strides, the packing, the seed, the
-    sizes, the bounds `lower` and `upper`, and the site; the switches are ALL_MASKED, FLAT, PRECISION and D. Dropout
-    drops a probability if its 16 random bits are below `threshold`: with 0 there is no seed.
+    q is [B, H, T, D] and k [B, H, S, D]. The arguments are the pointers of lengths, masks, packing and seed, each None
+    if not used, and the strides of the masks. Others are H, T, S, `site` and the bounds `lower` and `upper`. A query at
+    i meets keys i - lower < j < i + upper, by the window and the causal mask. The switches are ALL_MASKED, FLAT,
+    PRECISION and D. Dropout drops a probability if its 16 random bits are below `threshold`: with 0 there is no seed.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -815,9 +834,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse): the output [B, H, T, D], with its memory laid out as [B, T, H, D], and the float32 [B, H, T].
 
-    lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. Dropout drops a
-    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`. `options` are
-    validated already.
+    q is [B, H, T, D], and k and v are [B, H, S, D]. lse is the natural logarithm of a row's sum of exponentials. A row
+    without any key gets out 0 and lse +inf. Dropout drops a probability if its 16 random bits are below `threshold`,
+    and multiplies others by `dropout_scale`. `options` are validated already.
     """
     T = q.shape[2]
     out = _empty_bthd(q, T)
@@ -847,8 +866,8 @@ def backward_into(
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous.
 
-    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
-    and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`, and `options`,
+    `threshold` and `dropout_scale` the arguments that it had. Without queries or keys the gradients are 0.
     """
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
@@ -889,10 +908,10 @@ def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dq, dk, dv), the gradients of q, k and v, with their memory laid out as [B, rows, H, D].
+    """Return (dq, dk, dv), the gradients of q, k and v, [B, H, rows, D] each, with memory laid out as [B, rows, H, D].
 
-    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
-    and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`, and `options`,
+    `threshold` and `dropout_scale` the arguments that it had.
     """
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
@@ -906,8 +925,9 @@ def backward_qkv(
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient [B, T, 3C] of the packed projection `qkv`, for the upstream gradient dout [B, H, T, D].
 
-    Its last axis holds the gradients of Q, K and V, one after another. `out` and `lse` are the results of `forward`;
-    `options`, `threshold` and `dropout_scale` are its arguments.
+    H is `num_heads`. The last axis holds the gradients of Q, K and V, one after another, as `qkv` holds those. `out`
+    and `lse` are the results of `forward` on its q, k and v, and `options`, `threshold` and `dropout_scale` the
+    arguments that it had.
     """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape

@@ -59,9 +59,11 @@ def _fwd_kernel(
     """Attend from one head's query to SPLIT neighbouring keys, and write the softmax's state for `_add_kernel`.
 
     Program (i, s) of the grid (B H, splits) takes head i % H of sequence i // H and the keys from s · SPLIT on. The
-    state is the unnormalised output acc [B H, splits, D], the maximum m and the sum of exponentials l, [B H, splits]
-    each, in float32. A program whose keys all lie past the sequence's length writes nothing. The program whose keys
-    include the new one, if there is one, also writes it and its value into the caches.
+    state is the unnormalised output acc [B H, splits, D], the maximum m of the scores and the sum l of their
+    exponentials, [B H, splits] each, in float32. `scale` is 1 / sqrt(D) times log2(e), so that exponentials are powers
+    of two. A program whose keys all lie past the sequence's length writes nothing. If `k_new_ptr` is not None, each
+    sequence gets one more key, at the position of its length. The program whose keys include that one also writes it
+    and its value into the caches.
     """
     row = tl.program_id(0).to(tl.int64)  # batch · H + head
     split = tl.program_id(1).to(tl.int64)
@@ -121,9 +123,10 @@ def _add_kernel(
 ):  # fmt: skip
     """Write the attention output [D] of one head into row i of out [B H, D], in program i of the grid (B H).
 
-    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order: acc [B H, splits, D], m
-    and l [B H, splits]. ADDED splits are read at a time. Splits past the sequence's length are not read; for a sequence
-    without keys the output is 0.
+    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order, and divides by the sum of
+    exponentials. The states are acc [B H, splits, D], m and l [B H, splits]. ADDED splits are read at a time. Splits
+    past the sequence's length are not read; for a sequence without keys the output is 0. If `k_new_ptr` is not None, a
+    key has been appended, and counts beside the length.
     """
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)
@@ -159,7 +162,8 @@ def config(BLOCK_D: int, device: torch.device) -> Config:
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return out [B, H, D], contiguous: the attention of q [B, H, D] to the first `lengths` [B] entries of each cache.
 
-    The caches are [B, H, S, D]. Lengths are clamped to [0, S]; a length of 0 gives 0.
+    Sequence b has one query and the cache rows k_cache[b] and v_cache[b], [H, S, D] each. The scale is 1 / sqrt(D).
+    Lengths are clamped to [0, S]; a length of 0 gives 0.
     """
     return _attend(q, k_cache, v_cache, lengths, None, None)
 
@@ -168,10 +172,10 @@ def append_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Append k and v to the caches, and return the attention out [B, H, D], contiguous, of q to all entries.
+    """Append k and v to the caches in place, and return the attention out [B, H, D], contiguous, of q to all entries.
 
-    q, k and v are [B, H, D], the caches [B, H, S, D]. Entry `lengths[b]` of sequence b is overwritten in place, and the
-    attention includes it. Lengths [B] are clamped to [0, S - 1].
+    q, k and v are [B, H, D], the caches [B, H, S, D]. Entry `lengths[b]` of sequence b is overwritten by its k and v,
+    and its query attends to entries 0 to `lengths[b]`. Lengths [B] are clamped to [0, S - 1], and not changed.
     """
     return _attend(q, k_cache, v_cache, lengths, k, v)
 
@@ -180,7 +184,12 @@ def _attend(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     k: torch.Tensor | None, v: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the attention out [B, H, D] of q to the caches: `forward`, or `append_forward` if k and v are given."""
+    """Return the attention out [B, H, D], contiguous, of one query per sequence to its cache.
+
+    q is [B, H, D], and the caches are [B, H, S, D]. Without k and v it is that to the first `lengths` [B] entries. With
+    k and v [B, H, D], they first overwrite entry `lengths[b]` of each cache in place, and out includes this entry.
+    Lengths are clamped to [0, S], or to [0, S - 1] with k and v. No entry gives 0.
+    """
     B, H, D = q.shape
     S = k_cache.shape[2]
     # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds. There `out` is float32, and PyTorch

@@ -19,8 +19,9 @@ def describable(x: torch.Tensor, architecture: int) -> bool:
     """Return True if kernels can and should read `x` by a tensor descriptor on a GPU of this architecture.
 
     `architecture` is a compute capability times ten, or INTERPRETER. The architecture has to have descriptors. `x`
-    needs 16-bit elements, an address that is a multiple of 16 bytes, and strides that `_layout` finds valid. 32-bit
-    tensors are read by pointers, because descriptors bring them no gain.
+    needs 16-bit elements, at least one of them, an address that is a multiple of 16 bytes, and a contiguous last axis.
+    Its other strides have to be multiples of 16 bytes, without overlap of rows. 32-bit tensors are read by pointers,
+    because descriptors bring them no gain.
     """
     return (
         architectures.has_descriptors(architecture)
@@ -31,9 +32,10 @@ def describable(x: torch.Tensor, architecture: int) -> bool:
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Return the tensor descriptor of `x` for tiles of shape `block`. `x` has to be aligned, with valid strides.
+    """Return the tensor descriptor of `x` for tiles of shape `block`, one size for each axis of `x`.
 
-    `_layout` says which strides are valid; elements may have any size.
+    The caller makes sure that the address is a multiple of 16 bytes and the strides are valid: the last is 1, others
+    are multiples of 16 bytes. Elements may have any size.
     """
     return TensorDescriptor(x, list(x.shape), list(_layout(x.shape, x.stride(), x.element_size())[0]), block)
 
@@ -42,8 +44,9 @@ def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def _layout(shape: tuple[int, ...], stride: tuple[int, ...], size: int) -> tuple[tuple[int, ...], bool]:
     """Return (strides for a descriptor, True if they are valid) of a tensor with elements of `size` bytes.
 
-    The stride of an axis of size 1 has no meaning, so it is replaced by a valid one. Strides are valid if the last is
-    1, all others are multiples of 16 bytes and rows do not overlap. A tensor without elements is not valid.
+    `shape` and `stride` are the tensor's, in elements. The stride of an axis of size 1 has no meaning, so it is
+    replaced by a valid one, except on the last axis. Strides are valid if the last is 1, all others are multiples of 16
+    bytes and rows do not overlap. A tensor without elements is not valid.
     """
     *leading, last = stride
     valid = cdiv(shape[-1], ALIGNMENT) * ALIGNMENT  # elements of any size then fill whole units of 16 bytes

@@ -66,11 +66,12 @@ def _bwd_kernel(
     """Add up the rows of dout for one chunk of CHUNK lookups in a table, and one block of columns.
 
     The M lookups are sorted by the row of the table that they read. `ids_ptr` [M] has that row for each lookup, and
-    `order_ptr` [M] the row of dout. Lookups of one table row are neighbours, whose sum is stored once: in grad if the
-    chunk has all of them, in partial [chunk, 0] if the first of them lie in the chunk before, and else in partial
-    [chunk, 1], because more of them follow in the next chunk. Entries of partial [chunks, 2, C] that no sum belongs to
-    are not written. With HAS_DROPOUT, `site`, `threshold`, `scale` and `seed_ptr` give the mask of the forward pass.
-    The grid is (chunks, blocks of columns).
+    `order_ptr` [M] the row of dout. Lookups of one table row are neighbours, and their sum in the chunk is stored once.
+    It goes to grad if the chunk has all of them. It goes to partial [chunk, 0] if the first of them lie in the chunk
+    before. Otherwise more of them follow in the next chunk, and it goes to partial [chunk, 1].
+
+    Entries of partial [chunks, 2, C] that no sum belongs to are not written. With HAS_DROPOUT, `site`, `threshold`,
+    `scale` and `seed_ptr` give the mask of the forward pass. The grid is (chunks, blocks of columns).
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -111,9 +112,10 @@ def _bwd_reduce_kernel(
     """Add the partial sums of a table row whose lookups lie in several chunks, and write its gradient to grad.
 
     The lookups, sorted by the table's row in `ids_ptr` [M], are divided into chunks of CHUNK. A program of the grid
-    (chunks, blocks of columns) serves the last row that its chunk looks up, if the row's lookups begin in this chunk
-    and continue in later ones, up to chunk reach[chunk]; otherwise it writes nothing. `partial_ptr` [chunks, 2, C] is
-    as `_bwd_kernel` wrote it.
+    (chunks, blocks of columns) serves the last row that its chunk looks up. It does so if the row's lookups begin in
+    this chunk and continue in later ones, up to chunk reach[chunk]; otherwise it writes nothing. `partial_ptr` [chunks,
+    2, C] has two sums of each chunk. The first is for a row whose lookups began in a chunk before, the second for one
+    whose lookups begin here and continue.
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -133,7 +135,7 @@ def _bwd_reduce_kernel(
 
 
 def config(table: torch.Tensor) -> Config:
-    """Return the launch configuration for a table [V, C] on its device."""
+    """Return the launch configuration for a table [V, C], by its device, element size and C."""
     architecture = launch_configs.architecture(table.device)
     return Config(*launch_configs.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
@@ -148,11 +150,12 @@ def forward(
     seed: torch.Tensor | None,
     site: int,
 ) -> torch.Tensor:
-    """Return out [..., C], the sum of token and position embeddings after dropout.
+    """Return out [..., C], the sum of token and position embeddings after dropout, in the dtype of `token_weight`.
 
-    `positions` has the shape of `tokens`, or [T] for all rows. Dropout drops an element if its 16 random bits, a
-    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
-    there is no dropout.
+    `token_weight` [V, C] and `position_weight` [P, C] are the tables. `positions` has the shape of `tokens`, or [T] for
+    all rows. Ids outside of a table are clamped to its ends. Dropout drops an element if its 16 random bits, a function
+    of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is
+    no dropout.
     """
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
@@ -187,16 +190,17 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
-    `dout` [..., C] is the upstream gradient, and the arguments up to `site` are those of `forward`. Dropout drops an
-    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
-    others by `scale`. Without a seed there is no dropout.
+    `dout` [..., C] is the upstream gradient, and the arguments from `tokens` to `site` are those of the forward pass.
+    Rows that were not looked up get 0. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and
+    its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the gradient of `table`, for a forward pass that looked up its rows `indices`.
 
-        `indices` has the shape of the tokens, or broadcasts to it.
+        `indices` has the shape of the tokens, or broadcasts to it. The upstream gradient and the dropout's arguments
+        are those of the enclosing `backward`.
         """
         grad = torch.zeros_like(table)
         M, C = rows.shape

@@ -42,7 +42,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the float32 x in `dtype`, rounded to nearest.
+    """Return the float32 x in `dtype`, rounded to nearest, ties to even.
 
     Triton's interpreter (as of 3.9) truncates to bfloat16. With PRECISION "interpreter" this function therefore rounds
     the value before the cast.
@@ -122,8 +122,9 @@ def product(
 ):  # fmt: skip
     """Return a tile [BLOCK_M, BLOCK_N] of A Bᵀ in float32, for A [M, K] and B [N, K].
 
-    The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B as
-    pointers or descriptors, whose modes A_MODE and B_MODE are those of `load`. Rows and columns past the ends are 0.
+    The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B: a pointer
+    for A_MODE or B_MODE 0, a tensor descriptor for 1, and a descriptor of the transposed matrix for 2. Only mode 0
+    reads the strides. Rows and columns of the result past its ends are 0.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -169,9 +170,9 @@ def sum_rows_kernel(
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the sum of the rows of x [M, N], added in float32 and rounded once, into out [N].
+    """Write the sum of the rows of x [M, N], added in float32 and rounded once to the dtype of out, into out [N].
 
-    More than 4,096 rows are added in two steps.
+    More than 4,096 rows are added in two steps. M is 1 or more.
     """
     M, N = x.shape
     if M > 4096:
@@ -212,8 +213,10 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
     """Return (source, mode) of a matrix for `load` and `store` of tiles [rows, columns].
 
-    The source is the matrix itself (mode 0), its tensor descriptor (1), or the descriptor of its transpose (2).
-    `architecture`, a compute capability times ten or INTERPRETER, decides with the matrix's strides which it is.
+    The source is a tensor descriptor of the matrix (mode 1) if it is describable, else one of its transpose (2) if that
+    is. Otherwise it is the matrix itself (0), which is read by pointers. Describable means 16-bit elements, aligned
+    rows and a contiguous last axis, on an architecture with descriptors. `architecture` is a compute capability times
+    ten, or INTERPRETER.
     """
     if describable(matrix, architecture):
         return descriptor(matrix, [rows, columns]), 1
@@ -225,8 +228,8 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
     """Return (launch configuration, architecture) for the kernel called `kernel` of `op`, for an input x on its device.
 
-    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel. The architecture is a
-    compute capability times ten, or INTERPRETER.
+    `size` chooses among the rows of launch_configs.TABLES; for the products it is the number of columns of x. The
+    architecture is a compute capability times ten, or INTERPRETER.
     """
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
@@ -262,6 +265,6 @@ def operands(
 
 
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
-    """Return the grid of persistent programs for a product [M, N]: as many as run at once, or as there are tiles."""
+    """Return the grid of persistent programs for a product [M, N]: as many as run at once, at most one a tile."""
     tiles = cdiv(M, launch.m) * cdiv(N, launch.n)
     return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

@@ -183,9 +183,9 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has: the programs that run at once if one fills a multiprocessor.
+    """Return how many multiprocessors a CUDA device has: the programs that run at once if one fills a multiprocessor.
 
-    In Triton's interpreter the result is 2.
+    In Triton's interpreter the result is 2. The result is cached.
     """
     if triton.knobs.runtime.interpret:
         return 2  # fewer than there are tiles, as on a GPU
@@ -195,8 +195,9 @@ def multiprocessors(device: torch.device) -> int:
 def user_table(architecture: int) -> Path | None:
     """Return the file for the user's own launch configurations on an architecture, or None if the user wants none.
 
-    The file need not exist. The environment variable GPT_FAST_LAUNCH_CONFIGS names its folder, by default
-    ~/.config/gpt_fast/launch_configs; if it is empty, the user wants none.
+    The file is sm_<architecture>.json and need not exist. The environment variable GPT_FAST_LAUNCH_CONFIGS names its
+    folder, by default gpt_fast/launch_configs in $XDG_CONFIG_HOME or ~/.config. If the variable is set but empty, the
+    user wants none.
     """
     folder = os.environ.get(FOLDER)
     if folder is None:
@@ -206,10 +207,11 @@ def user_table(architecture: int) -> Path | None:
 
 
 def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
-    """Return (made_by, rows) of a user's table of launch configurations.
+    """Return (made_by, rows) of the file `path`, a user's table of launch configurations in JSON.
 
-    `made_by` has the "device" and the "triton" version on which it was measured, and `rows` the rows of each op. Raise
-    `ValueError` for a file that `written` cannot have made with this version of the library.
+    `made_by` has the "device" and the "triton" version on which it was measured, and `rows` a list of `Row` for each
+    op. Raise `ValueError` for a file that `written` cannot have made with this version of the library, and `OSError`
+    for a file that cannot be read.
     """
     try:
         table = json.loads(path.read_text("utf-8"))
@@ -233,8 +235,9 @@ def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
 def check_row(op: str, row: Row) -> None:
     """Raise `ValueError` unless `row` has the form of the rows that are shipped for its kernel of `op`.
 
-    TABLES has to have that kernel. The configuration has to hold as many numbers as one of the shipped ones, and all
-    numbers of the row have to be integers from 0 on.
+    TABLES has to have that kernel. The configuration has to hold as many numbers as one of the shipped ones or the
+    CANDIDATES. Its numbers, the architecture, the element size and the size have to be integers from 0 on. The message
+    is a clause without the file's name.
     """
     shipped = [other for other in TABLES.get(op, ()) if other.kernel == row.kernel]
     if not shipped:
@@ -246,10 +249,10 @@ def check_row(op: str, row: Row) -> None:
 
 
 def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`.
+    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`. Nothing is written.
 
-    It is a dict with "format", "device", "triton" (its version) and "rows", a list of dicts with the fields of `Row`
-    and the row's "op".
+    It is a dict with "format", "device", "triton" (the version that runs now) and "rows", a list of dicts with the
+    fields of `Row` and the row's "op".
     """
     entries = [{"op": op, **row._asdict()} for op, of_op in rows.items() for row in of_op]
     return {"format": FORMAT, "device": device, "triton": triton.__version__, "rows": entries}
@@ -258,9 +261,9 @@ def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
 def with_row(rows: list[Row], new: Row) -> list[Row]:
     """Return `rows` with `new` in place of the row for the same kernel, architecture, element and size, or inserted.
 
-    If the architecture had no rows for this kernel and element, it also gets copies of the rows that served it, because
-    `new` alone is for one class of shapes. The result has the kernels in their order, and the rows of a kernel sorted
-    by architecture, element and size.
+    `rows` are those of one op, and the list itself is not changed. If the architecture had no rows for this kernel and
+    element, it also gets copies of the rows that served it. `new` alone would be for one class of shapes. The result
+    has the kernels in their order, and the rows of a kernel sorted by architecture, element and size.
     """
     kernels = list(dict.fromkeys(row.kernel for row in rows))
     served = _serving(rows, new.kernel, new.architecture, new.element)
@@ -273,8 +276,8 @@ def with_row(rows: list[Row], new: Row) -> list[Row]:
 def tables(architecture: int) -> dict[str, list[Row]]:
     """Return the rows of launch configurations by op: TABLES, with the user's own rows for an architecture inserted.
 
-    The user's rows are left out, with a warning, if they were measured on another GPU or with another Triton. Raise
-    `ValueError` if the user's file is damaged.
+    The user's rows are left out, with a warning, if they were measured on another GPU or with another Triton. Triton's
+    interpreter has none. Raise `ValueError` if the user's file is damaged. The dict is cached, and `trying` changes it.
     """
     rows = {op: list(shipped) for op, shipped in TABLES.items()}
     path = None if architecture == INTERPRETER else user_table(architecture)
@@ -299,7 +302,7 @@ def tables(architecture: int) -> dict[str, list[Row]]:
 def trying(op: str, row: Row) -> Iterator[None]:
     """Use `row` inside the block in place of the row for the same kernel of `op`, architecture, element and size.
 
-    If there is no such row, `row` is added. The rows before return afterwards.
+    If there is no such row, `row` is added. The earlier rows are restored afterwards. Both hold for the whole process.
     """
     changed = tables(row.architecture)
     before = changed[op]
@@ -314,7 +317,11 @@ def trying(op: str, row: Row) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shipped_alone() -> Iterator[None]:
-    """Use only the shipped launch configurations inside the block, none of the user's own."""
+    """Use only the shipped launch configurations inside the block, none of the user's own, in the whole process.
+
+    The environment variable GPT_FAST_LAUNCH_CONFIGS is empty meanwhile and restored afterwards. Caches are cleared both
+    times.
+    """
     before = os.environ.get(FOLDER)
     os.environ[FOLDER] = ""
     forget()
@@ -333,13 +340,19 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
 
     `architecture` is a compute capability times ten, or INTERPRETER. A row states the largest element that it is for.
     Among rows that allow `element` bytes, those with the smallest limit are taken. Among their architectures, the
-    newest one that fits `architecture` (see `fits`) is taken, or the oldest one if none fits.
+    newest one that fits `architecture` (see `fits`) is taken, or the oldest one if none fits. The result is empty if no
+    row of the kernel allows `element` bytes.
     """
     return _serving(tables(architecture)[op], kernel, architecture, element)
 
 
 def _serving(rows: list[Row], kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
-    """Return which of the rows of an op `serving` returns; none if no row of the kernel allows `element` bytes."""
+    """Return those of an op's `rows` that serve a kernel on an architecture with elements of `element` bytes, by size.
+
+    Among the kernel's rows that allow `element` bytes, those with the smallest limit are taken. Among their
+    architectures, the newest one that fits `architecture` is taken, or the oldest one if none fits. The result is empty
+    if no row allows `element` bytes.
+    """
     rows = [row for row in rows if row.kernel == kernel and row.element >= element]
     if not rows:
         return ()
@@ -353,14 +366,15 @@ def _serving(rows: list[Row], kernel: str, architecture: int, element: int) -> t
 def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
     """Return the numbers of a launch configuration for a shape: those of the first row of `serving` that allows `size`.
 
-    `kernel` of `op` runs on `architecture` (compute capability times ten) with elements of `element` bytes. What the
-    numbers mean is said by the Config class of the kernel's module; what the size is, by TABLES.
+    `kernel` of `op` runs on `architecture` (compute capability times ten, or INTERPRETER) with elements of `element`
+    bytes. The Config class of the kernel's module says what the numbers mean; TABLES says what the size is, such as the
+    head size. Rows are tried from the smallest size up. Raise `StopIteration` if none is large enough.
     """
     return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
 
 
 def forget() -> None:
-    """Clear the caches after TABLES or a user's table has changed, so that they are read again."""
+    """Clear the caches of `tables`, `serving` and `pick`, so that TABLES and the user's table are read again."""
     tables.cache_clear()
     forget_picks()
 

@@ -77,9 +77,10 @@ def _fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, N, eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write y, mean and rstd of BLOCK_M rows of x [M, N], which begin `stride_x` elements apart.
+    """Write y, the layer norm, and mean and rstd for BLOCK_M rows of x [M, N], which begin `stride_x` elements apart.
 
-    y [M, N] is contiguous; mean and rstd are [M] float32. Program i takes the rows from i · BLOCK_M on.
+    y [M, N] is contiguous; mean and rstd = 1 / sqrt(variance + eps) are [M] float32. Weight and bias [N] are read if
+    HAS_WEIGHT and HAS_BIAS. Program i takes the rows from i · BLOCK_M on.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -98,11 +99,11 @@ def _bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, stride_dy, stride_x, M, N,
     HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dx [M, N] for every P-th tile of BLOCK_M rows, where P is the number of programs.
+    """Write dx [M, N], the gradient of x, for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
-    Program p begins at tile p. dx is contiguous; rows of dy and x begin `stride_dy` and `stride_x` elements apart. If
-    NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32
-    each.
+    Program p begins at tile p. dy is the upstream gradient, and mean and rstd [M] are from the forward pass. dx is
+    contiguous; rows of dy and x begin `stride_dy` and `stride_x` elements apart. If NEEDS_SUMS, the sums of program p
+    for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32 each.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -162,7 +163,7 @@ def _bwd_reduce_kernel(
 
 
 def config(N: int, device: torch.device) -> Config:
-    """Return the launch configuration for rows of N columns. Raise `ValueError` if N exceeds WIDEST."""
+    """Return the launch configuration for rows of N columns. Raise `ValueError` if N exceeds WIDEST, 65,536."""
     if N > WIDEST:
         raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns; expected at most {WIDEST} on this device")
     return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
@@ -186,10 +187,11 @@ def forward(
     eps: float,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (y, mean, rstd): the layer norm y, contiguous, in the shape of x, and the statistics of each row.
+    """Return (y, mean, rstd): the layer norm y, contiguous, in the shape of x [..., N], and the statistics of each row.
 
-    y is in `y_dtype` if given, else in the dtype of x. mean and rstd = 1 / sqrt(variance + eps) are float32 in the
-    shape of x without its last axis; they are NaN if x has no elements.
+    `weight` and `bias` are [N], or None to leave them out. y is in `y_dtype` if given, else in the dtype of x. mean and
+    rstd = 1 / sqrt(variance + eps) are float32 in the shape of x without its last axis; they are NaN if x has no
+    elements. An N above 65,536 raises `ValueError`.
     """
     N = x.shape[-1]
     y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
@@ -220,8 +222,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, dweight, dbias): dx like x, and the gradients [N] of weight and bias in the weight's dtype.
 
-    `dy` is the upstream gradient; mean and rstd are the statistics that `forward` returned. Without a weight, the
-    gradients are in the dtype of x. A gradient of weight or bias that is not needed has shape [0].
+    dx is contiguous. `dy` is the upstream gradient; mean and rstd are the statistics that `forward` returned. Without a
+    weight, the gradients of weight and bias are in the dtype of x. One that is not needed has shape [0].
     """
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -253,7 +255,7 @@ def add_partial_sums(
 ) -> None:
     """Add the P partial sums in `partial` [2, P, N], first of weight, then of bias, and write dweight and dbias [N].
 
-    Only the gradients that are needed are written.
+    The partial sums are float32. Only the gradients that are needed are written, in their own dtypes.
     """
     _, P, N = partial.shape
     _bwd_reduce_kernel[(cdiv(N, REDUCE_COLUMNS),)](

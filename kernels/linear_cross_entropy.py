@@ -26,7 +26,7 @@ GRADIENT_ROWS = 64  # rows of a tile of _gradient_kernel; a multiple of every pr
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
-    """Write the numbers of the rows whose target is not `ignore_index` to index, in order, and their number to count.
+    """Write the row indices of targets other than `ignore_index` to index, in order, and how many they are to count.
 
     target and index are [N], count is [1]; index and count are int32. Entries of index from the count on are not
     written. The grid has one program.
@@ -48,10 +48,10 @@ def _gather_kernel(
 ):  # fmt: skip
     """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
 
-    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold what `_compact_kernel` wrote:
-    the numbers of these rows in x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if
-    there is none at all, nothing is written. Targets are clamped to [0, V). The grid is (blocks of BLOCK_M rows, blocks
-    of BLOCK_C columns).
+    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold the indices of these rows in
+    x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if the chunk has none at all,
+    nothing is written. Targets are clamped to [0, V) and become int32. The grid is (blocks of BLOCK_M rows, blocks of
+    BLOCK_C columns).
     """
     count = tl.load(count_ptr)
     if first < count:
@@ -78,10 +78,10 @@ def _logits_half(
     """Add the bias to a tile of a product, which gives logits, and write statistics of each of the tile's rows.
 
     The tile has half the columns of a product's tile. `m` and `n` are the row and the column of its first element in
-    the chunk's logits [R, V]. Of each of the tile's rows, the largest logit goes to largest, the sum of exponentials
-    after that logit is subtracted to total, and, if `sum_ptr` is given, the sum of the logits to sum; these are [parts,
-    R], and the tile is part n / width. The logit of the row's target goes to picked [R] if the tile has it. If KEEPS,
-    the logits less the largest of their row in the tile are written to `out` [R, V].
+    the chunk's logits [R, V]. For each of the tile's rows, largest gets the largest logit and total the sum of
+    exponentials after that logit is subtracted. If `sum_ptr` is not None, sum gets the sum of the logits. These three
+    are [parts, R], and the tile is part n / width. picked [R] gets the logit of the row's target if the tile has it. If
+    KEEPS, the logits less the largest of their row in the tile are written to `out` [R, V].
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
@@ -110,12 +110,15 @@ def _logits_kernel(
     KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute the logits a bᵀ + bias of a chunk, and write what `_logits_half` writes of each half tile.
+    """Compute the logits a bᵀ + bias of a chunk, and write statistics of each half tile of them.
 
-    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. `count_ptr`
-    points to the number of all such rows, and `first` is how many of them lie before the chunk. Tiles past the last row
-    are skipped. With KEEPS the logits themselves are written to out [M, N], as `_logits_half` says. The programs of a
-    grid of any size share the tiles.
+    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. For each row
+    of a half tile, largest gets the largest logit and total the sum of exponentials relative to it. sum, unless its
+    pointer is None, gets the sum of the logits. All three are [half tiles of a row, M]. picked [M] gets the logit of
+    the row's target. With KEEPS the logits less the largest of their row in the half tile go to out [M, N].
+
+    `count_ptr` points to the number of all rows that are not ignored, and `first` is how many of them lie before the
+    chunk. Tiles past the last row are skipped. The programs of a grid of any size share the tiles.
     """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -143,12 +146,14 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Write the loss of each row of a chunk, and the maximum and the sum of exponentials of the row's logits.
 
-    Program i takes the BLOCK_M rows from i · BLOCK_M on, and joins the statistics [parts, R] of the `parts` tiles of a
-    row, which `_logits_half` wrote. Maximum and sum (relative to the maximum) go to row [2, R]. `count_ptr` points to
-    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk; rows past the last
-    one are not written. The loss of row r goes to element index[first + r] of loss, its number in x, if SCATTERS, else
-    to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label smoothing; `sum_ptr` is None
-    if it is 0.
+    Program i takes the BLOCK_M rows from i · BLOCK_M on. It joins the statistics [parts, R] of the `parts` tiles of a
+    row: the largest logit, the sum of exponentials relative to it and the sum of the logits. Maximum and sum of
+    exponentials (relative to the maximum) go to row [2, R]. `picked_ptr` [R] has the logit of each row's target.
+
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
+    chunk; rows past the last one are not written. The loss of row r goes to element index[first + r] of loss, its row
+    index in x, if SCATTERS, else to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label
+    smoothing; `sum_ptr` is None if it is 0.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -191,14 +196,17 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write FACTOR times the gradient of a chunk's logits to gradient [R, V], from the logits that `_logits_half` kept.
+    """Write FACTOR times the gradient of each row's loss by its logits to gradient [R, V], for the R rows of a chunk.
 
-    The gradient may share memory with the logits. The grid is (parts of BLOCK_V columns, blocks of BLOCK_M rows).
-    `largest_ptr` [parts, R] is from `_logits_half`, `row_ptr` [2, R] from `_statistics_kernel`. `count_ptr` points to
-    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk. Rows past the last
-    one become zeros in a block that has a row before; other blocks write nothing. If `dloss_ptr` is given, it holds the
-    upstream gradient of the loss of each row of x; `index_ptr` has the row's number. If `partial_ptr` is given, the sum
-    over a block's rows, without FACTOR, goes to partial [blocks, V], for the gradient of the bias.
+    `logits_ptr` [R, V] holds the logits less the largest of their row in a part of BLOCK_V columns, and `largest_ptr`
+    [parts, R] these largest ones. `row_ptr` [2, R] holds each row's largest logit and its sum of exponentials relative
+    to it. The gradient may share memory with the logits. The grid is (parts, blocks of BLOCK_M rows).
+
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
+    chunk. Rows past the last one become zeros in a block that has a row before; other blocks write nothing. If
+    `dloss_ptr` is given, it holds the upstream gradient of the loss of each row of x, and `index_ptr` the row indices
+    in x. If `partial_ptr` is given, the sum over a block's rows, without FACTOR, goes to partial [blocks, V], for the
+    gradient of the bias.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -233,8 +241,8 @@ def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRE
     """Write `scale` times a tile of a chunk's dx into the rows of out [N, C] from which the chunk's rows came.
 
     `m` and `n` are the row and the column of the tile's first element in the chunk. `live` is how many rows of the
-    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has their
-    numbers in x.
+    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has the
+    indices of all such rows in x.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -251,13 +259,13 @@ def _dx_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the numbers that the rows have in x.
+    """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the indices that the rows have in x.
 
     a [M, K] is the gradient of the logits times FACTOR, b [N, K] the transposed weight, and the result is a bᵀ /
-    FACTOR. If MEAN, it is also multiplied by power / count, where count is the number of rows whose target is not
-    ignored, and power the largest power of two up to count. `index_ptr` has the numbers of these rows in x, `count_ptr`
-    points to count, and `first` is how many of them lie before the chunk. The programs of a grid of any size share the
-    tiles.
+    FACTOR. If MEAN, it is also multiplied by power / count. There count is the number of rows whose target is not
+    ignored, and power the largest power of two up to count. `index_ptr` has the indices of these rows in x, `count_ptr`
+    points to count, and `first` is how many of them lie before the chunk. Other rows of `out` are not written. The
+    programs of a grid of any size share the tiles.
     """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
@@ -369,13 +377,14 @@ def _run(
     smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
     dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None, mean: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Write the losses of the rows of x [N, C] and their gradients. Return how many rows count, int32 [1].
+    """Write the losses of the rows of x [N, C] and their gradients.
 
-    A row counts if its target is not `ignore_index`. `smoothing` is the label smoothing. `loss` [N] gets the losses, by
-    row number if `scatters`, else those of the rows that count one after another. `dx` [N, C], `dweight` [V, C] and
-    `dbias` [V] get gradients. Each of the four may be None, which leaves it out. `dloss` [N] is the upstream gradient
-    of each row's loss, or None for 1. If `mean`, dx is also multiplied by power / count, where power is the largest
-    power of two up to the count.
+    Return how many rows count, int32 [1], on the device. A row counts if its target is not `ignore_index`. `weight` is
+    [V, C], `target` [N] and `bias` [V] or None. `smoothing` is the label smoothing. `loss` [N] float32 gets the losses,
+    at the row's index if `scatters`, else those of the rows that count one after another. `dx` [N, C], `dweight` [V, C]
+    and `dbias` [V] get gradients; rows of dx that do not count are not written. Each of the four may be None, which
+    leaves it out. `dloss` [N] is the upstream gradient of each row's loss, or None for 1. If `mean`, dx is also
+    multiplied by power / count, where power is the largest power of two up to the count.
     """
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)
@@ -419,8 +428,8 @@ def _run(
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
         """Launch `kernel`, which computes out = a bᵀ in tiles.
 
-        It stores a tile in `parts` parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other
-        arguments by name.
+        The launch configuration and the `count` are those of the enclosing `_run`. The kernel stores a tile in `parts`
+        parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other arguments by name.
         """
         arguments, switches = operands(launch, architecture, a, b, out, parts)
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
@@ -484,9 +493,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (loss, count, dx, dweight, dbias): the loss, how many rows count, and gradients of the sum of the losses.
 
-    A row counts if its target is not `ignore_index`. The loss is float32, [] for the reductions "mean" and "sum", or in
-    the shape of `target` for "none". count is float32 []. dx is in the dtype of x, dweight and dbias are float32; a
-    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean", except that dx is then
+    x is [..., C], weight [V, C], target [...] and bias [V] or None. A row counts if its target is not `ignore_index`.
+    The loss is float32, [] for the reductions "mean" (0 if no row counts) and "sum", or in the shape of `target` for
+    "none". count is float32 []. dx is in the dtype of x, 0 in rows that do not count; dweight and dbias are float32. A
+    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean". There dx alone is
     multiplied by power / count, where power is the largest power of two up to count.
     """
     rows = as_matrix(x)
@@ -527,8 +537,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, dweight, dbias) for reduction "none", where `dloss` is the upstream gradient of each row's loss.
 
-    `dloss` has the shape of `target`. The logits are computed again. dx is in the dtype of x, dweight and dbias in that
-    of the weight. A gradient that is not needed has shape [0].
+    x is [..., C], weight [V, C], bias [V] or None, and `dloss` has the shape of `target`. The logits are computed
+    again. dx is in the dtype of x, dweight and dbias in that of the weight. A gradient that is not needed has shape
+    [0]. Rows with the target `ignore_index` get and give no gradient.
     """
     rows = as_matrix(x)
     dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)

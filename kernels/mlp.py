@@ -96,8 +96,9 @@ def _hidden_half(
 
     `m` and `n` are the row and the column of the tile's first element in the hidden layer [M, N]. If KEEPS_INPUT, z
     with its bias, the activation's input, is written to `kept`. If HAS_OUT, the hidden layer after dropout is written
-    to `out`. `bias_ptr` is None without a bias. Both targets have the same strides and the same OUT_MODE (see `store`).
-    The dropout's arguments are those of `_dropped`.
+    to `out`. `bias_ptr` is None without a bias. Both targets have the same strides and the same OUT_MODE (pointer or
+    descriptor). With HAS_DROPOUT, an element is dropped if its 16 random bits are below `threshold`, and is otherwise
+    multiplied by `scale`. The bits are a function of the seed, `site` and its position.
     """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, z.shape[1])
@@ -121,8 +122,10 @@ def _hidden_kernel(
 ):  # fmt: skip
     """Compute the hidden layer h [M, N] = dropout(act(a bᵀ + bias)), for x in a [M, K] and the weight in b [N, K].
 
-    If HAS_OUT, h is written to `out`. If KEEPS_INPUT, the activation's input is written to `kept`. The programs of a
-    grid of any size share the tiles. The dropout's arguments are those of `_dropped`.
+    If HAS_OUT, h is written to `out`. If KEEPS_INPUT, the activation's input a bᵀ + bias is written to `kept`.
+    `bias_ptr` is None without a bias. The programs of a grid of any size share the tiles. With HAS_DROPOUT, an element
+    is dropped if its 16 random bits are below `threshold`, and is otherwise multiplied by `scale`. The bits are a
+    function of the seed, `site` and its position.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -150,11 +153,15 @@ def _dz_part(
 ):  # fmt: skip
     """Write a tile of dz, the gradient of the activation's input, made of a tile `dh` of the hidden layer's gradient.
 
-    `m` and `n` are the row and the column of the tile's first element in [M, N]. `kept` [M, N] is as `forward` returned
-    it: the hidden layer for relu, the activation's input for other activations. dz goes to `out`. If MAKES_HIDDEN, the
-    hidden layer after dropout is computed again and written to h. If `partial_ptr` is given, the sum of dz over the
-    tile's rows goes to row m / BLOCK_M of partial [M / BLOCK_M rounded up, N], in float32, for the gradient of the
-    bias. The dropout's arguments are those of `_dropped`.
+    `m` and `n` are the row and the column of the tile's first element in [M, N]. `kept` [M, N] is what the forward pass
+    kept: the hidden layer after dropout for relu, the activation's input for other activations. dz goes to `out`. If
+    MAKES_HIDDEN, the hidden layer after dropout is computed again and written to h. If `partial_ptr` is given, row m /
+    BLOCK_M of partial gets the sum of dz over the tile's rows, for the gradient of the bias. partial is [M / BLOCK_M
+    rounded up, N], float32.
+
+    With HAS_DROPOUT, the forward pass dropped an element if its 16 random bits were below `threshold`, and otherwise
+    multiplied it by `scale`. The bits are a function of the seed, `site` and its position. For relu `kept` shows what
+    was dropped.
     """
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
     dh, at_z = tl.split(tl.join(dh, at_z))  # gives both one layout; with two, the code below would be computed twice
@@ -188,9 +195,12 @@ def _dz_kernel(
 ):  # fmt: skip
     """Write dz [M, N], the gradient of the activation's input, to `out`, from the product dh = a bᵀ.
 
-    a [M, K] is the output's gradient dy, b [N, K] the transposed second weight. The kernel also writes h, if
-    MAKES_HIDDEN, and partial sums for the gradient of the bias: see `_dz_part`. A tile [BLOCK_M, BLOCK_N] is finished
-    in PARTS parts side by side, 4 or 8. The programs of a grid of any size share the tiles.
+    a [M, K] is the output's gradient dy, b [N, K] the transposed second weight. `kept` [M, N] is the hidden layer for
+    relu, the activation's input for other activations. If MAKES_HIDDEN, the hidden layer after dropout is written to h.
+    If `partial_ptr` is given, sums of dz over BLOCK_M rows each go to partial [M / BLOCK_M rounded up, N], in float32,
+    for the gradient of the bias. The arguments from `site` to `scale` and the seed are those of dropout in the forward
+    pass. A tile [BLOCK_M, BLOCK_N] is finished in PARTS parts side by side, 4 or 8. The programs of a grid of any size
+    share the tiles.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -230,7 +240,8 @@ def _linear_half(
 ):  # fmt: skip
     """Write a tile `value` of a product, plus the bias if `bias_ptr` is not None, to `out` [M, N].
 
-    `m` and `n` are the row and the column of the tile's first element.
+    `m` and `n` are the row and the column of the tile's first element. `out` is a pointer for OUT_MODE 0, a tensor
+    descriptor for 1, and a descriptor of the transposed matrix for 2.
     """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, value.shape[1])
@@ -244,7 +255,11 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write out [M, N] = A Bᵀ + bias, for A [M, K] and B [N, K]. The programs of a grid of any size share the tiles."""
+    """Write out [M, N] = A Bᵀ + bias, for A [M, K] in a and B [N, K] in b.
+
+    The bias [N] is left out if `bias_ptr` is None. A mode is 0 for a pointer, 1 for a tensor descriptor and 2 for a
+    descriptor of the transposed matrix. The programs of a grid of any size share the tiles.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -266,8 +281,10 @@ def _finish(
     """Finish a tile `value` [BLOCK_M, BLOCK_N] of a product with few rows, at row 0 and column `n`, and write it.
 
     If ACTIVATION is None it is the tile of a linear layer: `value` plus the bias goes to `out` [M, N]. Otherwise it is
-    the tile of a hidden layer: if KEEPS_INPUT, `value` plus the bias, the activation's input, goes to `kept` [M, N],
-    and if HAS_OUT, the hidden layer after dropout goes to `out`. The dropout's arguments are those of `_dropped`.
+    the tile of a hidden layer. If KEEPS_INPUT, `value` plus the bias, the activation's input, goes to `kept` [M, N]. If
+    HAS_OUT, the hidden layer after dropout goes to `out`. `bias_ptr` is None without a bias. With HAS_DROPOUT, an
+    element of the hidden layer is dropped if its 16 random bits are below `threshold`, and is otherwise multiplied by
+    `scale`. The bits are a function of the seed, `site` and its position.
     """
     if ACTIVATION is None:
         _linear_half(value, out, bias_ptr, 0, n, M, N, stride_om, stride_on, 0, PRECISION)
@@ -287,9 +304,10 @@ def _few_kernel(
 ):  # fmt: skip
     """Compute BLOCK_N columns of A Bᵀ, for A [M, K] of at most BLOCK_M rows and B [N, K], and finish them by `_finish`.
 
-    The grid is (blocks of columns, parts). With `partial_ptr`, program (i, p) sums only over the `part` columns of A
-    and B from p · `part` on, and writes the float32 sums to partial [parts, M, N], for `_few_add_kernel` to finish.
-    Without it, there is one part with all K columns. `out`, `kept` and the arguments of dropout are those of `_finish`.
+    Finishing adds the bias and, unless ACTIVATION is None, applies activation and dropout. The results go to `out` and,
+    if KEEPS_INPUT, `kept`. The grid is (blocks of columns, parts). With `partial_ptr`, program (i, p) sums only over
+    the `part` columns of A and B from p · `part` on. It writes the float32 sums to partial [parts, M, N], for
+    `_few_add_kernel` to finish. Without it, there is one part with all K columns.
     """
     n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * part
@@ -315,8 +333,8 @@ def _few_add_kernel(
 ):  # fmt: skip
     """Add the partial sums [parts, M, N] that `_few_kernel` wrote, the first part first, and finish them by `_finish`.
 
-    Program i takes the BLOCK_N columns from i · BLOCK_N on. `out`, `kept` and the arguments of dropout are those of
-    `_finish`.
+    Finishing adds the bias and, unless ACTIVATION is None, applies activation and dropout. The results go to `out` and,
+    if KEEPS_INPUT, `kept`. Program i takes the BLOCK_N columns from i · BLOCK_N on.
     """
     n = tl.program_id(0) * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -330,7 +348,7 @@ def _few_add_kernel(
 
 
 def few_config(a: torch.Tensor) -> Few:
-    """Return the launch configuration for products of a [M, K] with small M.
+    """Return the launch configuration for products of a [M, K] with small M, by a's device, element size and K.
 
     Its field `rows` is the largest M that it is for, or 0 if it is for none.
     """
@@ -341,8 +359,10 @@ def few_config(a: torch.Tensor) -> Few:
 def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **finish: Any) -> None:
     """Write A Bᵀ, finished by `_finish`, to `out` [M, N], for a = A [M, K] of at most FEW_ROWS rows and b = B [N, K].
 
-    `finish` holds the other arguments of `_finish` by name: `kept`, the pointers of bias and seed, the dropout's
-    numbers, and the compile-time switches.
+    Finishing adds the bias and, for a hidden layer, applies activation and dropout. K is 1 or more. `finish` holds the
+    other arguments of `_finish` by name. These are `kept`, `bias_ptr`, `seed_ptr`, the dropout's `site`, `threshold`
+    and `scale`, and the switches ACTIVATION, HAS_DROPOUT, KEEPS_INPUT and HAS_OUT. `launch` is the launch
+    configuration.
     """
     (M, K), N = a.shape, b.shape[0]
     tiles, steps = cdiv(N, launch.n), cdiv(K, launch.k)
@@ -371,7 +391,10 @@ PLAIN = {
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Write A Bᵀ + bias, for `a` = A [M, K] and `b` = B [N, K] of any strides, into out [M, N] of any strides."""
+    """Write A Bᵀ + bias, for `a` = A [M, K] and `b` = B [N, K] of any strides, into out [M, N] of any strides.
+
+    The bias [N] may be None. An empty `out` stays as it is.
+    """
     if out.numel() == 0:
         return
     few = few_config(a)
@@ -389,9 +412,10 @@ def _hidden(
 ) -> None:  # fmt: skip
     """Write the hidden layer to h [M, F] and the activation's input to z [M, F].
 
-    Either of the two may be None, which leaves it out. x is [M, C] and `fc_weight` [F, C]. Dropout drops an element of
-    the hidden layer if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
-    multiplies others by `scale`. Without a seed there is no dropout.
+    Either of the two may be None, which leaves it out. x is [M, C], `fc_weight` [F, C] and `fc_bias` [F] or None.
+    `activation` is "relu", "gelu" or "gelu_tanh". Dropout drops an element of the hidden layer if its 16 random bits
+    are below `threshold`, and multiplies others by `scale`. The bits are a function of `seed`, `site` and its position.
+    Without a seed there is no dropout.
     """
     out = z if h is None else h
     if out is None or out.numel() == 0:
@@ -423,10 +447,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
 
-    If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
-    other activation. Else `kept` has shape [0]. Dropout drops an element of the hidden layer if its 16 random bits, a
-    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
-    there is no dropout.
+    x is [..., C], `fc_weight` [F, C] and `proj_weight` [C', F]; a bias may be None. If `keeps_hidden`, `kept` [..., F]
+    is the hidden layer after dropout for relu, and the activation's input for "gelu" and "gelu_tanh". Else `kept` has
+    shape [0]. Dropout drops an element of the hidden layer if its 16 random bits are below `threshold`, and multiplies
+    others by `scale`. The bits are a function of `seed`, `site` and its position. Without a seed there is no dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -451,11 +475,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias) for the upstream gradient dy [..., C'].
 
-    `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
-    weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`,
-    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
-    dropout.
+    `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. All are in the dtype
+    of x, and those of the weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if
+    it is None, the hidden layer is computed again. Dropout dropped an element of the hidden layer if its 16 random bits
+    were below `threshold`, and multiplied others by `scale`. The bits are a function of `seed`, `site` and its
+    position. Without a seed there was no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
@@ -502,10 +526,11 @@ def _dz(
 ) -> torch.Tensor:  # fmt: skip
     """Return dz [M, F], the gradient of the activation's input, for the output's gradient dy [M, C'].
 
-    `kept` [M, F] is as `forward` returned it: the hidden layer for relu, the activation's input for other activations.
-    The hidden layer is written to h [M, F] unless h is None, and the sum of dz over its rows to `dfc_bias` [F] unless
-    that is None. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`, `site` and
-    its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    `kept` [M, F] is what the forward pass kept: the hidden layer after dropout for relu, the activation's input for
+    other activations. The hidden layer is written to h [M, F] unless h is None, and the sum of dz over its rows to
+    `dfc_bias` [F] unless that is None. Dropout dropped an element of the hidden layer if its 16 random bits were below
+    `threshold`, and multiplied others by `scale`. The bits are a function of `seed`, `site` and its position. Without a
+    seed there was no dropout.
     """
     M, F = kept.shape
     dz = torch.empty_like(kept)

@@ -49,13 +49,14 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 @triton.jit
 def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False):
-    """Return True where dropout keeps the element (i, j) of matrix b. The ints i, j and b broadcast to [M, N].
+    """Return bool [M, N], True where dropout keeps the element (i, j) of matrix b.
 
-    This is the rule of attention and mlp. `site` is the number of the dropout within a forward pass. An element is kept
-    if its 16 random bits are at least `threshold`.
+    The ints i, j and b broadcast to [M, N]. This is the rule of attention and mlp. `site` is the number of the dropout
+    within a forward pass. An element is kept if its 16 random bits, a function of the seed, `site`, b, i and j, are at
+    least `threshold`. `seed_ptr` points to one int64.
 
-    i and j may stand on either axis: the bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers,
-    and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements. If
+    i and j may stand on either axis. The bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers.
+    In the accumulators of matrix instructions those are bits of the register, so one call serves many elements. If
     UPPER, the 16 bits are compared in the upper half of their word, whatever the lower half holds: for an odd j that
     saves an instruction. UPPER does not work with a threshold of 0, for which `dropping_seed` returns no seed.
     """
@@ -73,5 +74,5 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
 
 
 def dropping_seed(seed, threshold: int):
-    """Return `seed`, for `keep_matrix`, or None if the dropout threshold is 0, so that nothing is dropped."""
+    """Return `seed`, which turns dropout on in kernels, or None if the threshold is 0, so that nothing is dropped."""
     return seed if threshold > 0 else None

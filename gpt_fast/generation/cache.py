@@ -37,12 +37,12 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        """Number of rows, B."""
+        """Number of rows of the cache, B."""
         return self.keys.shape[1]
 
     @property
     def length(self) -> int:
-        """Number of tokens that a row has room for, S."""
+        """Number of tokens that each row of the cache has room for, S."""
         return self.keys.shape[3]
 
 
@@ -59,11 +59,12 @@ class StepPass:
         self.positions = cache.lengths[:, None].clamp(max=cache.length - 1)  # [B, 1]
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Write each row's new key and value into the cache of layer `layer`, and attend from the new token.
+        """Write each row's new key and value into the cache of the block `layer`, and attend from the new token.
 
         `qkv` [B, 1, 3C] are the query, key and value of one new token in each row, for `num_heads` heads. The token
-        attends to itself and to the tokens that its row of the cache holds. Return the attention's output [B, 1, C],
-        before the output projection.
+        attends to itself and to the tokens that its row of the cache holds. A full row overwrites its last entry. The
+        cache's `lengths` stay. Return the attention's output [B, 1, C], before the output projection, in the dtype of
+        `qkv`.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
@@ -91,11 +92,12 @@ class PromptPass:
             self.mask = (j <= self.positions[:, :, None])[:, None]  # [B, 1, T, S']
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Write the prompts' keys and values into the cache of layer `layer`, and attend causally from their tokens.
+        """Write the prompts' keys and values into the cache of the block `layer`, and attend causally from them.
 
-        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, for `num_heads` heads. These
-        tokens also attend to those that the cache holds already. Return the attention's output [B, T, C], before the
-        output projection.
+        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row of this pass, for `num_heads`
+        heads. They go behind the tokens that the row held when the pass was made, and also attend to those. What has no
+        room in the cache is not written. The cache's `lengths` stay. Return the attention's output [B, T, C], before
+        the output projection.
         """
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]

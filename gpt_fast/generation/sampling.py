@@ -45,7 +45,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
-    """Raise `ValueError` unless `value` is a real number for which `fits(value)` is True.
+    """Raise `ValueError` unless `value` is a real number, not a bool, for which `fits(float(value))` is True.
 
     `name` and `expected` (a description of the valid values) are for the message.
     """
@@ -62,15 +62,15 @@ def sample(
 ) -> Tensor:
     """Draw one token for each row of `logits` [B, V], in float32, from their softmax after the changes in `options`.
 
-    With a temperature of 0 the token is the most probable one. `seen` [B, V], Bool, is True for the tokens to which the
-    repetition penalty applies; None switches the penalty off. `generator` is the source of randomness, torch's default
-    generator if it is None.
+    The changes are repetition penalty, temperature, top_k, top_p and min_p, in this order. With a temperature of 0 the
+    token is the most probable one. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies;
+    None switches the penalty off. `generator` is the source of randomness, torch's default generator if it is None.
 
     Returns:
         Token ids [B], int64.
 
     Raises:
-        ValueError: Logits are NaN or +inf.
+        ValueError: Logits are NaN or +inf; -inf is allowed.
     """
     logits = logits.float()
     if bool(damaged(logits).any()):
@@ -82,7 +82,7 @@ DAMAGED = "gpt_fast.generate: the model's logits hold NaN or infinity; its weigh
 
 
 def damaged(logits: Tensor) -> Tensor:
-    """Return a Bool tensor [B] that is True for each row of `logits` [B, V] with NaN or +inf in it."""
+    """Return a Bool tensor [B], True for each row of `logits` [B, V] that has NaN or +inf in it; -inf is no damage."""
     return ~(logits.amax(dim=-1) < math.inf)  # NaN compares false as well, and amax passes it on
 
 
@@ -95,10 +95,10 @@ def draw(
 ) -> Tensor:
     """Draw one token id [B] for each row of float32 `logits` [B, V], as `sample` does, but without validating them.
 
-    `options` holds the temperature, the repetition penalty and the limits such as top_k. `seen` [B, V], Bool, is True
-    for the tokens to which the repetition penalty applies; None switches the penalty off. `generator` is the source of
-    randomness, torch's default generator if it is None. Nothing in this function synchronises with the device, so a
-    CUDA graph can capture it.
+    `options` holds the temperature (0 takes the most probable token), the repetition penalty and the limits top_k,
+    top_p and min_p. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies; None switches
+    the penalty off. `generator` is the source of randomness, torch's default generator if it is None. Nothing in this
+    function synchronises with the device, so a CUDA graph can capture it.
     """
     if seen is not None and options.repetition_penalty != 1:
         logits = penalise(logits, seen, options.repetition_penalty)
@@ -126,7 +126,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Return `logits` [B, V] with -inf everywhere but at each row's k largest."""
+    """Return `logits` [B, V] with -inf everywhere but at each row's k largest. A k above V keeps all."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter_(-1, ids, values)
 
@@ -146,6 +146,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return `logits` [B, V] with -inf at tokens whose probability is below `p` times the row's largest."""
+    """Return `logits` [B, V] with -inf at tokens whose probability is below `p` > 0 times the row's largest."""
     least = logits.amax(dim=-1, keepdim=True) + math.log(p)
     return logits.masked_fill(logits < least, -math.inf)

@@ -132,9 +132,10 @@ class DecodeSession:
         self._make_step()
 
     def _make_step(self) -> None:
-        """Create the object that runs the decode steps, a `CppStep` or a `TorchStep`.
+        """Create the object that runs the decode steps, `self._step`.
 
-        It reads or copies the parameters at their current addresses, which are recorded for later comparisons.
+        It is a `TorchStep` if `kind` is "torch", else a `CppStep`. It reads or copies the parameters at their current
+        addresses, which are recorded for later comparisons. So is a checksum of each parameter that it has copied.
         """
         assert self.model is not None
         self._step: TorchStep | CppStep
@@ -184,7 +185,8 @@ class DecodeSession:
         """Return True if a step computes with the parameters as they are now.
 
         Every value of a parameter that the C++ step has copied is compared, because fused optimisers and writes through
-        `.data` leave no other trace.
+        `.data` leave no other trace. The model also has to have the same parameters at the same addresses. If no module
+        had hooks or was replaced when the session was made, none may now; if one did, one still has to.
 
         Returns:
             True if nothing has changed. A change that keeps the sum of a parameter's bits, such as exchanging two rows,
@@ -216,7 +218,7 @@ class DecodeSession:
         return self.cache.lengths + (self._unread is not None)
 
     def reset(self) -> None:
-        """Forget all tokens in all rows, so that the next prompt begins at position 0."""
+        """Forget all tokens in all rows, also those not read yet, so that the next prompt begins at position 0."""
         self.cache.lengths.zero_()
         self._unread = None
 
@@ -224,7 +226,7 @@ class DecodeSession:
         """Add a prompt to each of the first B rows of the cache, behind the tokens that the rows hold.
 
         Args:
-            tokens: Token ids [B, T], int64, padded on the right.
+            tokens: Token ids [B, T], int64, padded on the right with anything. B is at most the session's batch.
             lengths: Number of tokens of each row that are no padding [B]. The default is T for all rows.
 
         Returns:
@@ -255,8 +257,8 @@ class DecodeSession:
             Logits [batch, V], float32, after these tokens.
 
         Raises:
-            ValueError: Tokens have another shape or dtype or lie outside the vocabulary, the cache is full, or logits
-                are NaN or infinite.
+            ValueError: Tokens have another shape, dtype or device or lie outside the vocabulary, the cache is full, or
+                logits are NaN or infinite. The lengths then stay.
             RuntimeError: Another thread uses the session.
         """
         with self.in_use():
@@ -332,11 +334,12 @@ class DecodeSession:
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
         """Add a prompt to each of the cache's rows `first` to `first + B - 1`, behind the tokens that the rows hold.
 
-        The model's modules read long prompts in passes of a bounded number of tokens, to bound memory.
+        The cache's lengths grow by `lengths`. The model's modules read long prompts in passes of a bounded number of
+        tokens, to bound memory. The caller has validated the tokens, padding included, and holds `in_use()`.
 
         Args:
-            tokens: Token ids [B, T], padded on the right.
-            lengths: Number of tokens of each row that are no padding [B].
+            tokens: Token ids [B, T], int64, padded on the right with any token ids.
+            lengths: Number of tokens of each row that are no padding [B], int64, 1 or more.
             first: Index of the first row.
 
         Returns:
@@ -365,10 +368,11 @@ class DecodeSession:
         return logits
 
     def _call_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Read prompts by calling the model's modules, in passes of at most `_PROMPT_TOKENS` tokens.
+        """Read prompts by calling the model's modules, in passes of at most `_PROMPT_TOKENS` (4,096) tokens.
 
-        Of `tokens` [B, T] the first `lengths[b]` are row b's prompt, whose keys and values go into the cache's row
-        `first + b`.
+        With more rows than that, a pass has one token of each row. Of `tokens` [B, T] the first `lengths[b]` are row
+        b's prompt, whose keys and values go into the cache's row `first + b`, behind its tokens. The caller has to add
+        `lengths` [B] to the cache's `lengths`.
 
         Returns:
             Logits [B, V], float32, after each prompt's last token.
@@ -396,9 +400,11 @@ class DecodeSession:
     ) -> Tensor:
         """Add one token to each live row of the cache, and draw the next tokens.
 
+        The cache's lengths grow by 1 in live rows. The caller has made sure that these rows have room.
+
         Args:
             tokens: Token ids [batch], int64.
-            options: Options of the draw.
+            options: Options of the draw: temperature (0 is greedy), penalty and limits such as top_k.
             live: Bool [batch], True for a row that reads its token. The default is all.
             seen: Bool [batch, V], True for the tokens to which the repetition penalty applies, None for no penalty.
 
@@ -413,14 +419,17 @@ class DecodeSession:
 
     @torch.no_grad()
     def read(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
-        """Add one token to each live row of the cache, without drawing the next.
+        """Add one token to each live row of the cache, and return the logits instead of a drawn token.
 
         Args:
             tokens: Token ids [batch], int64.
             live: Bool [batch], True for a row that reads its token. The default is all.
 
         Returns:
-            Logits [batch, V] after the tokens. Those of rows that are not live are arbitrary.
+            Logits [batch, V], float32, after the tokens. Those of rows that are not live are arbitrary.
+
+        Raises:
+            ValueError: Logits are NaN or infinite. After a CUDA graph `check_logits` raises this error instead.
         """
         self.advance(tokens, GREEDY, live)
         return self._serving.logits(live)
@@ -429,18 +438,21 @@ class DecodeSession:
         """Draw one token from each row of logits.
 
         Args:
-            logits: Logits [n, V].
-            options: Options of the draw.
+            logits: Logits [n, V], float32.
+            options: Options of the draw: temperature (0 is greedy), penalty and limits such as top_k.
             rows: Indices [n] of the session's rows that the logits belong to.
-            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies, None for no penalty.
 
         Returns:
             Tokens [n], int64.
+
+        Raises:
+            ValueError: Logits are NaN or +inf.
         """
         return self._serving.draw(logits, options, rows, seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Seed the next draws, so that the same seed gives the same tokens.
+        """Seed the draws that follow, so that the same seed gives the same tokens.
 
         Args:
             seed: Signed 64-bit integer.
@@ -450,7 +462,8 @@ class DecodeSession:
     def check_logits(self) -> None:
         """Raise `ValueError` if the logits of a step since the last call were NaN or infinite.
 
-        Steps on a CPU raise this error themselves. A CUDA graph only records it, so as not to wait for the GPU.
+        Steps of the C++ extension, and eager ones, raise this error themselves. A CUDA graph only records it, so as not
+        to wait for the GPU. This call waits.
         """
         self._serving.check_logits()
 
@@ -458,7 +471,7 @@ class DecodeSession:
     def _serving(self) -> TorchStep | CppStep:
         """The object that runs decode steps now: a `CppStep`, or a `TorchStep` that calls the model's modules.
 
-        Under `use_reference()` it is a `TorchStep` on the same cache.
+        Under `use_reference()` it is a `TorchStep` on the same cache, made at the first such use and kept.
         """
         if self.kind == "torch" or has_kernel("decode_attention", self.cache.keys):
             return self._step
@@ -469,11 +482,12 @@ class DecodeSession:
     def check_layout(self) -> None:
         """Validate that the model's parameters have the shapes, dtypes and devices for which the session was made.
 
-        If parameters have moved to other addresses, the step is made anew for them.
+        If parameters have moved to other addresses, the step is made anew for them. This call also records whether the
+        model's modules have to be called from now on, because of a hook for example.
 
         Raises:
-            ValueError: They differ, or the C++ step no longer serves the model because it has a hook or another module.
-                The message names the first difference.
+            ValueError: A parameter differs or their number does, or the C++ step no longer serves the model because it
+                has a hook or another module. The message names the first difference.
         """
         assert self.model is not None
         is_plain = self._stays_plain is not None and self._stays_plain()
@@ -507,7 +521,7 @@ class DecodeSession:
             rows: Rows that get the new tokens.
 
         Raises:
-            ValueError: The cache is full.
+            ValueError: A row would hold more tokens than the cache has room for.
         """
         wanted = int((self.cache.lengths[rows] + more).max())
         if wanted > self.cache.length:
@@ -535,7 +549,7 @@ class _InUse:
         self._lock = lock
 
     def __enter__(self) -> None:
-        """Reserve the session for this thread. Raise `RuntimeError` if another thread has reserved it."""
+        """Reserve the session for this thread. Raise `RuntimeError` if it is reserved already, also by this thread."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "gpt_fast.DecodeSession: in use by another thread; a session serves one thread at a time, "
@@ -562,7 +576,10 @@ class _Places:
         ]
 
     def unchanged(self) -> bool:
-        """Return True if every parameter still has the address, shape, dtype and device that were recorded."""
+        """Return True if every parameter still has the address, shape, dtype and device that were recorded.
+
+        A parameter that a module has gained or lost, or that has another name, makes it False.
+        """
         for own, count in self._modules:
             if len(own) != count:
                 return False
@@ -580,10 +597,11 @@ class _Places:
 
 
 def _sizes(trunk: Any) -> tuple[int, int]:
-    """Return (number of blocks, number of attention heads in each), the sizes of the cache.
+    """Return (number of blocks, number of attention heads in each) of a trunk, the sizes of the cache.
 
     Raises:
-        ValueError: The blocks have different numbers of heads, or a block has no attention with `num_heads`.
+        ValueError: The blocks have different numbers of heads, a block has no attention with `num_heads`, or there is
+            no block.
     """
     heads = {getattr(getattr(block, "multihead_attn", None), "num_heads", None) for block in trunk.decoders}
     if len(heads) != 1 or None in heads:
@@ -594,13 +612,19 @@ def _sizes(trunk: Any) -> tuple[int, int]:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """Return one checksum for each tensor, [n] int64: the sum of its bits, read as integers of 64 or of 8 bits."""
+    """Return one checksum for each tensor, [n] int64: the sum of its bits, read as integers of 64 or of 8 bits.
+
+    The sum wraps modulo 2^64. Tensors of one call lie on one device; for no tensors the result is empty, on the CPU.
+    """
     sums = [_as_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """Return the tensor's memory as a flat view of int64, or of uint8 where size or address is no multiple of 8."""
+    """Return the tensor's elements as flat integers: int64, or uint8 where size or address is no multiple of 8 bytes.
+
+    The result is a view of the tensor's memory, or of a copy if the tensor is not contiguous.
+    """
     flat = tensor.detach().contiguous().flatten()
     return flat.view(torch.int64) if flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.view(torch.uint8)
 
@@ -620,7 +644,7 @@ def _words(layout: tuple) -> str:
 
 
 def check_device(tokens: Any, place: Tensor) -> None:
-    """Raise `ValueError` if `tokens` is a tensor on another device than `place`, a tensor of the model.
+    """Raise an error if `tokens` is a tensor on another device than `place`, a tensor of the model. Other types pass.
 
     Raises:
         ValueError: It is on another device.
@@ -634,14 +658,14 @@ def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None)
 
     `tokens` [B, T] are the prompts and `V` is the vocabulary size. Prompts that are padded on the right have `lengths`
     [B], the number of real tokens in each row. Prompts that are padded elsewhere have `key_mask` [B, T], True for a
-    real token. Without both there is no padding.
+    real token. Without both there is no padding. Ids in the padding are not validated.
 
     Returns:
-        The numbers of tokens.
+        The numbers of tokens, on the device of `tokens`.
 
     Raises:
-        ValueError: Tokens are not int64 [B, T], a prompt is empty, an id lies outside the vocabulary, or `lengths` or
-            `key_mask` has another type or shape, or both are given.
+        ValueError: Tokens are not int64 [B, T], there is no row, a prompt is empty, a length exceeds T, an id lies
+            outside the vocabulary, `lengths` or `key_mask` has another type or shape, or both are given.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"gpt_fast.generate: tokens is {_checks.described(tokens)}; expected int64 [B, T]")
@@ -670,10 +694,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def check_tokens(tokens: Tensor, V: int) -> None:
-    """Raise `ValueError` if a token id is negative or not below the vocabulary size `V`.
+    """Raise an error if a token id is negative or not below the vocabulary size `V`. `tokens` has any shape.
 
     Raises:
-        ValueError: An id lies outside [0, V).
+        ValueError: An id lies outside [0, V). The message names the first one.
     """
     wrong = tokens[(tokens < 0) | (tokens >= V)]
     if wrong.numel():

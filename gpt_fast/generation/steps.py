@@ -59,7 +59,8 @@ class CppStep:
         `live` [B], Bool, is True for the rows to run, None for all of them. The result holds the tokens of the rows
         that do not run unchanged. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies,
         None for no penalty. The cache's lengths grow by 1 in the rows that run. `model` and `calls_modules` are unused
-        here; `TorchStep.advance` has the same signature. Raise `ValueError` if logits are NaN or infinite.
+        here; `TorchStep.advance` has the same signature. Raise `ValueError` if logits are NaN or +inf; the lengths then
+        stay.
         """
         lengths = self.cache.lengths
         if live is None or bool(live.all()):
@@ -77,7 +78,7 @@ class CppStep:
 
         The `tokens` [n] are read at the positions `lengths` [n], and the next ones are drawn with `options`. `seen` [B,
         V], Bool, is True for the tokens of each of the cache's rows to which the repetition penalty applies, None for
-        no penalty.
+        no penalty. `lengths` is not changed. Raise `ValueError` if logits are NaN or +inf.
         """
         with profiled("gpt_fast::decode_step"):
             return self._session.step(tokens, lengths, rows, self._sampling(options), seen)
@@ -85,8 +86,8 @@ class CppStep:
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
         """Read a prompt into each of the cache's rows `first` to `first + B - 1`, behind the tokens that they hold.
 
-        Of `tokens` [B, T] the first `lengths[b]` are row b's prompt. Return the logits [B, V] after each prompt's last
-        token. The caller has to add `lengths` [B] to the cache's `lengths`.
+        Of `tokens` [B, T] the first `lengths[b]` are row b's prompt. Return the logits [B, V], float32, after each
+        prompt's last token. The caller has to add `lengths` [B] to the cache's `lengths`.
         """
         B, T = tokens.shape
         places = torch.arange(T, device=tokens.device)
@@ -98,10 +99,11 @@ class CppStep:
             return self._session.prefill(tokens[real], positions[real], rows[:, None].expand(B, T)[real], ends)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
-        """Return one token for each row of `logits` [n, V], drawn with `options`: [n], int64.
+        """Return one token for each row of `logits` [n, V] float32, drawn with `options`: [n], int64.
 
         `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens of each
-        of the cache's rows to which the repetition penalty applies, None for no penalty.
+        of the cache's rows to which the repetition penalty applies, None for no penalty. Raise `ValueError` if the
+        logits hold NaN or +inf. Unless it is greedy, the draw is counted (see `start_drawing`).
         """
         return self._session.draw(logits, rows, self._sampling(options), seen)
 
@@ -114,7 +116,7 @@ class CppStep:
         self._seed, self._draws = seed, 0
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return the logits [batch, V] after the last step.
+        """Return the logits [batch, V], float32, after the last step, before penalty and limits.
 
         `live` [batch], Bool, has to be the mask with which that step was run, None if it ran all rows. The logits of
         rows that it did not run are 0.
@@ -130,7 +132,8 @@ class CppStep:
     def _sampling(self, options: Sampling) -> Any:
         """Return `options` as the C++ extension's `Sampling`, with the seed and the number of the next draw.
 
-        Unless the draw is greedy, this function first increases the number of draws by 1.
+        An option that is None gets the value that keeps all tokens: top_k 0, top_p 1, min_p 0. Unless the draw is
+        greedy, this function first increases the number of draws by 1.
         """
         self._draws += options.temperature > 0
         return self._c.Sampling(
@@ -168,9 +171,10 @@ class TorchStep:
     def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
         """Read `self.tokens` [B] and replace them, in place, by the next tokens drawn with `options`.
 
-        Also store the logits in `kept_logits`, and record live rows with NaN or +inf in `damaged`. The cache's lengths
-        grow by 1 in the rows where `self.live` is True. `seen` [B, V], Bool, is True for the tokens to which the
-        repetition penalty applies, None for no penalty.
+        Also store the logits in `kept_logits`, and mark live rows with NaN or +inf in `damaged`. The cache gets each
+        row's key and value, and its lengths grow by 1 in the rows where `self.live` is True. `seen` [B, V], Bool, is
+        True for the tokens to which the repetition penalty applies, None for no penalty. Nothing is raised for damaged
+        rows.
         """
         trunk, output_layer = parts(model)
         hidden = continue_trunk(trunk, self.tokens[:, None], StepPass(self.cache))  # [B, 1, C]
@@ -211,7 +215,10 @@ class TorchStep:
         return self.tokens.clone()
 
     def forget_graph(self) -> None:
-        """Drop the captured graph, which reads parameters at the addresses that they had when it was captured."""
+        """Drop the captured graph, so that the next step captures a new one.
+
+        A graph reads parameters at the addresses that they had when it was captured.
+        """
         self._graph = self._captured = None
 
     def _replay(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
@@ -227,10 +234,10 @@ class TorchStep:
         self._graph.replay()
 
     def _capture(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """Capture `run(model, options, seen)` as a CUDA graph.
+        """Capture `run(model, options, seen)` as a CUDA graph, in `self._graph`.
 
-        `run` is called a few times for this. Afterwards all state is as it was before: the tokens, the marks of damaged
-        rows, the cache's lengths and the generator.
+        `run` is called three times for this. Afterwards the tokens, the marks of damaged rows, the cache's lengths and
+        the generator are as they were before. `kept_logits` and the cache's entries behind its lengths are overwritten.
         """
         state = (self.tokens, self.damaged, self.cache.lengths)
         before = [value.clone() for value in state]
@@ -262,11 +269,11 @@ class TorchStep:
         return sample(logits, options, generator=self.generator, seen=None if seen is None else seen[rows])
 
     def start_drawing(self, seed: int) -> None:
-        """Seed the generator of the draws, so that the same seed gives the same draws."""
+        """Seed the generator of the draws with `seed`, an integer, so that the same seed gives the same draws."""
         self.generator.manual_seed(seed)
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return a copy of the logits [batch, V] after the last step.
+        """Return a copy of the logits [batch, V], float32, after the last step, before penalty and limits.
 
         The logits of rows that the step did not run are arbitrary. `live` is ignored; `CppStep.logits` has the same
         signature.
@@ -274,7 +281,10 @@ class TorchStep:
         return self.kept_logits.clone()
 
     def check_logits(self) -> None:
-        """Raise `ValueError` if a step since the last call had NaN or infinity in the logits of a live row."""
+        """Raise `ValueError` if a step since the last call had NaN or +inf in the logits of a live row.
+
+        The marks in `damaged` are cleared then. This waits for the device.
+        """
         if bool(self.damaged.any()):
             self.damaged.zero_()
             raise ValueError(DAMAGED)
@@ -284,7 +294,7 @@ def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
     """Return (trunk, output layer) of a model that can generate text. The trunk is the model without its output layer.
 
     For a `GPT` the trunk is the model itself. Raise `ValueError`, which names `function`, unless the model is a `GPT`
-    or a head with a causal output layer.
+    or a head with a causal output layer, such as `GPTForCausalLM`; a `GPTForMaskedLM` is refused.
     """
     from ..heads import GPTForMaskedLM, Head
 
@@ -297,6 +307,8 @@ def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
 
 def unwrapped(model: Any, function: str = "generate") -> Any:
     """Return the model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and PEFT.
+
+    Wrappers may be nested. PEFT's adapters inside the modules stay. Anything else comes back as it is.
 
     Returns:
         The model.
@@ -329,18 +341,23 @@ def unwrapped(model: Any, function: str = "generate") -> Any:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Return True for a module of FSDP1 or FSDP2, told by name because importing FSDP takes seconds."""
+    """Return True for a module of FSDP1 or FSDP2, whose class's name begins with "FSDP" or "FullyShardedDataParallel".
+
+    The name decides, because importing FSDP takes seconds.
+    """
     return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
 
 
 def step_kind(model: GPT | Head, weights: str | None) -> str:
     """Return what runs the decode step of a model: the C++ step with weights of some precision, or the model's modules.
 
-    `weights` is the precision that the user asked for, one of `WEIGHTS`, or None for the model's own. The C++ step
-    copies parameters by name, so it serves only plain models: no hooks, no replaced modules, no subclasses.
+    `weights` is the precision that the user asked for, one of `WEIGHTS`, or None for the model's own. The C++ step runs
+    on a CPU with the extension built, unless `use_reference()` or float64 rules it out. It copies parameters by name,
+    so it serves only plain models: no hooks, no replaced modules, no subclasses.
 
     Returns:
-        "float32", "bfloat16", "int8" or "int8-a16" for the C++ step with these weights, else "torch".
+        "float32", "bfloat16", "int8" or "int8-a16" for the C++ step with these weights, else "torch". For None the C++
+        step has "bfloat16" for a bfloat16 model and "float32" for any other.
 
     Raises:
         ValueError: `weights` is none of `WEIGHTS` or None, or it is not the model's own precision and the C++ step does
@@ -369,8 +386,9 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
 def why_not_reached(model: Any) -> str | None:
     """Return a sentence on user code of the model that generation would not run, or None if there is none.
 
-    Generation calls the trunk and the output layer, not the model around them. So it does not run hooks on a head or on
-    a `GPT` itself, nor the `forward` of a subclass or of the instance.
+    Generation calls the trunk and the output layer, not the model around them. So it does not run forward or backward
+    hooks on a head or on a `GPT` itself, nor the `forward` of a subclass or of the instance. `model` is a `GPT` or a
+    head.
     """
     from ..heads import HEADS
 
@@ -402,8 +420,8 @@ def why_called(model: Any) -> str | None:
 def continue_trunk(trunk: Any, tokens: Tensor, cache: Any) -> Tensor:
     """Return the trunk's hidden states [B, T, C] of `tokens` [B, T] that follow those in the cache.
 
-    `cache` is a `StepPass` or a `PromptPass`, through which the attention layers read and write the cache. A trunk that
-    is not a `GPT` is called, so its hooks run.
+    `cache` is a `StepPass` or a `PromptPass`, through which the attention layers read the cache and write the tokens'
+    keys and values. The cache's lengths stay. A trunk that is not a `GPT` is called, so its hooks run.
     """
     if isinstance(trunk, GPT):
         return trunk.hidden_states(tokens, cache=cache)  # its call would give probabilities

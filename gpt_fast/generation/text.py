@@ -85,7 +85,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         logits_processors: Callables (tokens so far [B, L], logits [B, V]) → logits [B, V], as transformers'
             `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
             where rows differ in length.
-        stop_tokens: A row that has drawn one of these ids keeps it and continues with padding.
+        stop_tokens: A row that has drawn one of these ids keeps it and continues with padding, the model's `pad_token`
+            or 0. Generation ends early when all rows have drawn one.
         seed: The same integer draws the same tokens on a device. If it is None, torch's generator gives a seed. Greedy
             generation needs none and leaves that generator alone.
         lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
@@ -215,9 +216,12 @@ class _Rows:
     def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
         """Append one new token to each row. Rows that are done, by a stop token, get the padding token instead.
 
+        For rows not done, `last` becomes the new token. The tokens are stored in place, and `ends` grows by 1 in all
+        rows.
+
         Args:
             new: Token ids [B], int64.
-            scores: Log-probabilities of the tokens [B], to be stored, or None.
+            scores: Log-probabilities of the tokens [B], to be stored, or None. For rows that are done 0 is stored.
 
         Returns:
             The tokens [B] that were appended.
@@ -242,7 +246,7 @@ class _Rows:
     def so_far(self) -> Tensor:
         """Return the prompt and the new tokens of each row, [B, longest row], padded on the left.
 
-        Rows that are done, by a stop token, end with padding tokens.
+        The prompt's own padding is left out. Rows that are done, by a stop token, end with padding tokens.
         """
         width = int(self.ends.max())
         shift = width - self.ends  # [B]
@@ -252,8 +256,9 @@ class _Rows:
     def result(self, with_scores: bool) -> Tensor | GenerateOutput:
         """Return what `generate` returns: the tokens [B, T + new], or a `GenerateOutput` if `with_scores`.
 
-        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens. Otherwise
-        the new tokens directly follow the real tokens of the prompt, and padding fills the end of the row.
+        If the caller of `generate` gave a key mask, each row is its prompt as it was padded, with the padding token
+        there, followed by its new tokens. Otherwise the new tokens directly follow the real tokens of the prompt, and
+        padding fills the end of the row. A `GenerateOutput` has `tokens` and `scores`, the log-probabilities [B, new].
         """
         tokens = self.tokens
         if self.key_mask is not None:
@@ -314,6 +319,9 @@ class _Drawing:
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draw one token from each row of `logits` [n, V], after repetition penalty and processors.
 
+        A processor gets the tokens so far of these rows, padded on the left, and the logits as the processor before
+        left them.
+
         Args:
             logits: Logits [n, V].
             rows: Indices [n] of the session's rows that the logits belong to.
@@ -321,6 +329,10 @@ class _Drawing:
         Returns:
             (tokens [n], their log-probabilities [n] by the unprocessed logits). The log-probabilities are None unless
             `generate` returns scores.
+
+        Raises:
+            ValueError: A processor returns anything but logits [n, V], or leaves no token possible in a row; or logits
+                are NaN or infinite.
         """
         if not self.processors:
             new = self.session.draw(logits, self.options, rows, self.seen)
@@ -344,7 +356,7 @@ def _check_processed(processor: Processor, processed: Any, logits: Tensor) -> No
     The error's message names the processor.
 
     Raises:
-        ValueError: They are no tensor of that shape, or a row has no logit that is more than -inf.
+        ValueError: `processed` is no tensor [n, V], or a row has no logit that is more than -inf, for example only NaN.
     """
     name = getattr(processor, "__name__", type(processor).__name__)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
@@ -367,11 +379,12 @@ def _continue(
 ) -> None:
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
-    The tokens are stored in `rows`. `session` runs the model, `drawing` draws. A row that has drawn one of the token
-    ids in `stop` gets padding from then on, and generation ends early when all rows have; None is for no such ids.
-    `stream`, if given, is called with the tokens [B] of every step, padding included. If `slides`, the cache of a full
-    row is emptied, and the later half of the row's tokens is read anew (see `_slide`). Without it the caller makes sure
-    that the rows fit.
+    The tokens are stored in `rows`, and the prompts and all new tokens but the last are read into the cache. `session`
+    runs the model, `drawing` draws. A row that has drawn one of the token ids in `stop` is marked in `rows.done` and
+    gets padding from then on. Generation ends early when all rows have; None is for no such ids. `stream`, if given, is
+    called with the tokens [B] of every step, padding included. If `slides`, a prompt longer than the cache loses its
+    first tokens, and a row whose cache is full reads the later half of its tokens anew (see `_slide`). Without it the
+    caller makes sure that the rows fit. Raise `ValueError` if logits are NaN or infinite.
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache
@@ -404,16 +417,18 @@ def _continue(
 def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Run one decode step as `drawing.step` does, but free cache for rows whose cache is full.
 
-    A full row's cache is emptied, and the later half of its tokens is read anew from position 0.
+    Let S be the number of tokens that a row of the cache has room for. A full row's cache is emptied, and the row's
+    last S / 2 tokens are read anew from position 0. The other live rows read their latest token.
 
     Args:
-        session: The session.
+        session: The session that runs the model and has the cache.
         rows: The tokens of all rows.
         drawing: The step, and how tokens are drawn.
         live: Bool [B], True for the rows that are not done, or None for all of them.
 
     Returns:
         (next tokens [B], their log-probabilities [B]). The log-probabilities are None unless `generate` returns scores.
+        The results of rows that are not live are arbitrary.
     """
     S = session.cache.length
     full = session.cache.lengths >= S
@@ -448,12 +463,13 @@ def _check_processors(processors: Any) -> None:
 
 
 def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
-    """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor on `device`.
+    """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor [n] on `device`.
 
-    Return None if `stop_tokens` is None.
+    Return None if `stop_tokens` is None. It may be an int, a tensor of one dimension, or any iterable of integers. Ids
+    are not compared with the vocabulary.
 
     Raises:
-        ValueError: It is no list of integers.
+        ValueError: It is none of these, or a string.
     """
     if stop_tokens is None:
         return None
@@ -466,10 +482,10 @@ def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
 
 
 def as_seed(seed: object) -> int:
-    """Return a seed as a signed 64-bit integer. Seeds from 2^63 on wrap around.
+    """Return a seed as a signed 64-bit integer. Seeds from 2^63 on wrap around to negative numbers.
 
     Returns:
-        The integer.
+        The integer, equal to `seed` modulo 2^64.
 
     Raises:
         ValueError: `seed` is no integer from -2^63 to 2^64 - 1, which are the seeds that `torch.manual_seed` takes.
@@ -480,7 +496,7 @@ def as_seed(seed: object) -> int:
 
 
 def _seed() -> int:
-    """Return a random seed from torch's CPU generator, so that `torch.manual_seed` makes generation reproducible."""
+    """Draw a seed below 2^63 from torch's CPU generator, so that `torch.manual_seed` makes generation reproducible."""
     return int(torch.randint(2**63 - 1, (1,), device="cpu"))
 
 
@@ -494,16 +510,17 @@ class _Kept:
         self.session = session
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle as None, so that a copied model has no session."""
+        """Copy and pickle as None, so that a copied or pickled model keeps no session."""
         return type(None), ()
 
 
 def _take_session(model: Any, batch: int, length: int, weights: str | None) -> DecodeSession:
     """Return the `DecodeSession` that an earlier call of `generate` kept on the model if it fits, else a new one.
 
-    It fits if it has `batch` rows, room for `length` tokens in each, the precision `weights` (None is the model's own),
-    and has read the model's current parameters. A new session has room for `length` tokens rounded up to a multiple of
-    128, but not for more than the model's seq_len. The model no longer keeps the session that is returned.
+    It fits if it has `batch` rows, room for `length` tokens in each, and the precision `weights` (None is the model's
+    own). It also has to compute with the model's current parameters. A new session has room for `length` tokens rounded
+    up to a multiple of 128, but not for more than the model's seq_len. The model no longer keeps the session that is
+    returned, or one that does not fit. A kept session may still hold tokens, so the caller resets it.
     """
     holder: _Kept | None = model.__dict__.pop(_KEPT, None)
     if holder is not None:
@@ -517,7 +534,7 @@ def _take_session(model: Any, batch: int, length: int, weights: str | None) -> D
 
 
 def _keep_session(model: Any, session: DecodeSession) -> None:
-    """Keep the session on the model, for the next call of `generate`.
+    """Keep the session on the model, in its attribute `_kept_session`, for the next call of `generate`.
 
     The session drops its reference to the model, so that the two form no reference cycle.
     """
