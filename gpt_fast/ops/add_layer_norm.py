@@ -141,7 +141,7 @@ class _AddLayerNorm(torch.autograd.Function):
 def _has_own_dx(x_dtype: torch.dtype, residual_dtype: torch.dtype, dropout_p: float) -> bool:
     """Return True if the gradient of x may differ from that of the residual: with dropout, or if their dtypes differ.
 
-    The backward operator then returns dx as a tensor of its own, and otherwise an empty one.
+    If so, the backward operator returns dx as a tensor of its own. Otherwise it returns an empty dx.
     """
     return dropout_p > 0 or x_dtype != residual_dtype
 

@@ -129,8 +129,8 @@ def decode_attention_append(
 def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: Tensor) -> None:
     """Raise `ValueError` if the shape, dtype or device of an argument of `op` is wrong, or if one requires a gradient.
 
-    A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` are q, and k and v
-    if `op` appends them, [B, H, D] each.
+    A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` maps "q", and "k"
+    and "v" if `op` appends them, to tensors [B, H, D]. The caches are [B, H, S, D] and `lengths` is [B].
 
     Raises:
         ValueError: An argument is not valid.
@@ -188,12 +188,12 @@ _library.register_triton("decode_attention_append_forward", _triton_append)
 
 
 def _forward_flops(q, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
+    """Return 4 B H S D, the FLOPs over all S entries of the cache. All tensors are given as shapes."""
     return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
 
 
 def _append_flops(q, k, v, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
+    """Return 4 B H S D, the FLOPs over all S entries of the cache. All tensors are given as shapes."""
     return 4 * math.prod(k_cache)
 
 
