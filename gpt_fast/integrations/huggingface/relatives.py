@@ -56,7 +56,7 @@ def opt_layer_forward(
     """Run a layer of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → [B, T, C].
 
     The arguments are those of transformers' forward, which runs instead, with a warning, if the ops do not support the
-    call.
+    call. `cache`, or `past_key_values` in its place, is extended in place.
     """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
@@ -119,25 +119,28 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OPTForCausalLM`. See `losses.lm_head`.
+    """Run `OPTForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `BioGptForCausalLM`. See `losses.lm_head`.
+    """Run `BioGptForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPTNeoForCausalLM`. See `losses.lm_head`.
+    """Run `GPTNeoForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
@@ -151,9 +154,9 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C]. x is the only positional argument.
+    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C].
 
-    A call with other arguments runs the forward of the class.
+    A call with anything but x as its one positional argument runs the forward of the class.
     """
     if len(args) != 1 or kwargs:
         return _plain.original(self, *args, **kwargs)
@@ -191,7 +194,10 @@ def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`."""
+    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`.
+
+    The dropout of the hidden activation is included, and that of the output is left to the caller.
+    """
     p = getattr(layer, "activation_dropout", 0.0) if layer.training else 0.0
     name = blocks.activation_of(layer.activation_fn)
     fc, proj = layer.fc1, layer.fc2
@@ -245,9 +251,9 @@ def _attend(
     """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`.
 
     The output projection is left to the caller. `projections` are the layers of queries, keys and values, or one layer
-    for all three. `call` holds the masks, the cache and the dropout seed. `scale` multiplies the scores, `p` is the
-    dropout probability of the probabilities, and `window` is the number of keys up to its own that a query sees, or
-    None for all.
+    for all three. `call` holds the masks, the cache and the dropout seed; the cache gets the new keys and values.
+    `scale` multiplies the scores, `p` is the dropout probability of the probabilities, and `window` is the number of
+    keys up to its own that a query sees, or None for all.
     """
     if len(projections) == 1:
         qkv = blocks.project(projections[0], x).unflatten(2, (3, attn.num_heads, -1))
@@ -264,9 +270,9 @@ def _attend(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a plain `nn.Linear`.
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is an `nn.Linear` without hooks.
 
-    The layer is called if x has few rows; see `blocks.has_few_rows`.
+    The layer is called, too, if x has fewer than 32 rows B T outside of a compiled graph.
     """
     return layer(x) if blocks.has_few_rows(x) else _plain.linear(layer, x)
 
@@ -299,7 +305,10 @@ def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[
     """Return (None, masks) for a call of `block`, or (reason, None) if transformers has to run the call.
 
     `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or [B or 1, H or
-    1, T or 1, S]) and `cache` transformers' cache. See `Masks`.
+    1, T or 1, S]) and `cache` transformers' cache or None. `masks` holds causal, key_mask [B, S] and mask, as
+    `ops.attention` takes them. They are also stored as an attribute of the tensor `mask`, for the other blocks of the
+    pass. Reasons are a request for attention probabilities, another attention implementation than sdpa or eager,
+    non-causal attention, another cache than `DynamicCache`, and a mask of another shape or with other values.
     """
     config = attn.config
     if getattr(config, "output_attentions", False):
@@ -338,7 +347,8 @@ def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None,
 
     `mask` is [B or 1, H or 1, T or 1, S], with T queries and S keys: a bool mask, True where attention is allowed, or a
     float mask of 0 and the smallest number. A float mask is refused if it holds other values, or if a graph is being
-    recorded. If `causal`, later keys are masked as well.
+    recorded or a `vmap` hides them. If `causal`, later keys are masked as well. A mask on the CPU that only hides later
+    keys and padding becomes `causal` and a `key_mask`, which is cheaper.
     """
     if mask.dtype == torch.bool:
         allowed = mask
@@ -430,8 +440,8 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
     A trunk is the model without its head. `name` is the path of `module` in the whole model. For a trunk `report` gets
     an entry for each module that is replaced or left alone. For an `ImageGPTForCausalImageModeling`, a model with its
     head, `report` gets an entry for the output layer, and the result is None. A `Patch` holds a module and its new
-    forward. `why_foreign(module, kind, label="")` returns why a call of the module does not
-    run the forward of the class `kind`, with `label` in front, or None if it does.
+    forward. `why_foreign(module, kind, label="")` returns why a call of the module does not run the forward of the
+    class `kind`, with `label` in front, or None if it does.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
@@ -476,7 +486,10 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_fore
 
 
 def _attention_of(block: Any) -> tuple[str, Any]:
-    """Return (path, module) of the attention in a block, with the path relative to the block."""
+    """Return (path, module) of the attention in a block, with the path relative to the block.
+
+    The path is "attn.attention" in GPT-Neo, "attn" in ImageGPT and "self_attn" in OPT and BioGPT.
+    """
     if isinstance(block, gpt_neo.GPTNeoBlock):
         return "attn.attention", block.attn.attention
     return ("attn", block.attn) if isinstance(block, imagegpt.ImageGPTBlock) else ("self_attn", block.self_attn)
@@ -485,8 +498,9 @@ def _attention_of(block: Any) -> tuple[str, Any]:
 def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str | None:
     """Return why the attention in `block` cannot be replaced, or None if it can.
 
-    `family` names the class of the block. `why_foreign(module, kind, label)` returns why a call of the module does not
-    run the forward of the class `kind`, with `label` in front, or None if it does.
+    Reasons are another class or forward, heads wider than 256, and `reorder_and_upcast_attn`. `family` names the class
+    of the block. `why_foreign(module, kind, label)` returns why a call of the module does not run the forward of the
+    class `kind`, with `label` in front, or None if it does.
     """
     attn = _attention_of(block)[1]
     reason = why_foreign(attn, _ATTENTIONS[family.block], "its attention ")
@@ -526,7 +540,11 @@ def _note_block(path: str, block: Any, report: Report) -> None:
 
 
 def _why_no_norm(norm: Any) -> str | None:
-    """Return why the op of LayerNorm cannot replace `norm`, or None if it can."""
+    """Return why the op of LayerNorm cannot replace `norm`, or None if it can.
+
+    Reasons are ImageGPT's norm, which subtracts no mean, another class, hooks, an own forward, and several normalised
+    dimensions.
+    """
     if isinstance(norm, imagegpt.ImageGPTLayerNorm):
         return "divides by the root mean square without subtracting the mean: called"
     return _plain.why_no_norm(norm)
