@@ -63,19 +63,19 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The forward of the module's class runs instead if another argument differs from its
-    default, or if the module changed after it was recognised.
+    x is the first argument. The output projection and the dropout after it are included. The forward of the module's
+    class runs instead if another argument differs from its default, or if the module changed after it was recognised.
     """
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The forward of the module's class runs instead if another argument differs from its
-    default, or if the module changed after it was recognised.
+    x is the first argument. The dropout of the output is included. The forward of the module's class runs instead if
+    another argument differs from its default, or if the module changed after it was recognised.
     """
     return _alone(self, _mlp, args, kwargs)
 
@@ -98,7 +98,11 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
-    """Return True if each argument of a call but the first equals its default in the forward of the module's class."""
+    """Return True if each argument of a call but the first is the default in the forward of the module's class.
+
+    The result is False if an argument has no default or an unknown name, or if there are too many. Bools are compared
+    by value, other arguments by identity.
+    """
     kind: Any = type(self)
     names, defaults = _signature(kind)
     given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
@@ -179,8 +183,9 @@ def _rate(self: Any, path: str) -> float:
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
 
-    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses an `nn.Dropout` without
-    hooks with the addition, and p is its probability. Any other dropout module is called here, and p is 0.
+    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a dropout by a number or by
+    an `nn.Dropout` without hooks with the addition, and p is its probability, 0 outside of training mode. Any other
+    dropout module is called here, and p is 0.
     """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
@@ -191,8 +196,8 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
-    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout, a module with hooks, was called
+    here. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -208,8 +213,8 @@ def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple
 def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """Return the projections of x [B, T, C] by the layers at `paths`: [qkv [B, T, 3C]], or [q, k, v], each [B, T, C].
 
-    More than three paths lead to the projections of single heads. Their weights [D, C] are joined, and the result is
-    one tensor.
+    More than three paths lead to the projections of single heads: all queries, then all keys, then all values. Their
+    weights [D, C] are joined, and the result is [qkv].
     """
     layers = [part(self, path) for path in paths]
     if len(layers) <= 3:
@@ -223,8 +228,8 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
-    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout, a module with hooks, was called
+    here. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
@@ -306,7 +311,8 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the logits [..., V] of hidden states [..., C], the only argument; they are computed when code reads them.
 
-    See `deferred.logits`. A call with other arguments runs the forward of the module's class.
+    In a pass without gradients or in a graph they are computed at once. A call with other arguments runs the forward of
+    the module's class.
     """
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)

@@ -155,7 +155,9 @@ def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
 def alone(module: nn.Module) -> Layout | None:
     """Return the layout of a module that may be attention alone or an MLP alone, or None if it can be neither.
 
-    The layout of attention has the fields `qkv` and `out`, and that of an MLP has `fc`, `activation` and `proj`.
+    The layout of attention has the fields `qkv` and `out`, and that of an MLP has `fc`, `activation` and `proj`. They
+    are found by the sizes and names of the linear layers. The result is None for an `nn.Linear` and for a module with a
+    LayerNorm inside.
     """
     modules = dict(module.named_modules())
     sizes = {path: (one.in_features, one.out_features) for path, one in modules.items() if isinstance(one, nn.Linear)}
@@ -219,8 +221,10 @@ _EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 def find_norm(path: str, module: Any) -> Norm | None:
     """Return the `Norm` (path, parameter names, eps) of a module that computes LayerNorm, else None.
 
-    The module runs on random float64 inputs, in evaluation and in training mode. It computes LayerNorm if its outputs
-    and gradients equal those of `F.layer_norm` with one of a few values of eps. `path` is the path in the result.
+    The module runs on random float64 inputs, in evaluation and in training mode, and gets its train flag back. It
+    computes LayerNorm if its outputs and gradients equal those of `F.layer_norm` with its own eps or one of 1e-5, 1e-6,
+    1e-8 and 1e-12. The result is None, too, if the module has buffers or parameters with other names than those of
+    gains and biases, raises, or draws random numbers. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")

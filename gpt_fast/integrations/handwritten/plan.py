@@ -24,8 +24,9 @@ def plan(
 
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
-    whole model can be compared with and without patches. The list is empty if the results differ, or if there are
-    blocks but nothing can be replaced. A `Patch` holds a module and its new forward.
+    whole model can be compared with and without patches. It is without them afterwards. The list is empty if the
+    results differ, or if there are blocks but nothing can be replaced. If the results differ, `report` has one entry
+    for the model instead. A `Patch` holds a module and its new forward.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -259,9 +260,10 @@ Results = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
 
 def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> Results | None:
-    """Return the outputs of `model(tokens)` and the gradients of `parameters`, or None if either raises.
+    """Return (outputs, gradients) of the call `model(tokens)`, or None if the call or its backward raises.
 
-    `tokens` is [B, T]. See `_with_gradients` for the elements of the result (outputs, gradients).
+    `tokens` is [B, T]. `outputs` are the floating-point tensors of the result. `gradients` are those of `parameters`
+    for fixed random upstream gradients, or empty if no output requires a gradient.
     """
     try:
         with torch.enable_grad():  # as in training, where logits are deferred

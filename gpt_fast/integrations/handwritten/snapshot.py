@@ -43,7 +43,8 @@ class Snapshot:
     def _has(self, name: str, buffer: Tensor) -> bool:
         """Return True if `buffer` equals the recorded buffer `name`.
 
-        Values are read only if object or write count differ.
+        Values are read only if object or write count differ. If the values are equal, the new object and count are
+        recorded.
         """
         where, before = self._buffers[name]
         if _where(buffer) == where:

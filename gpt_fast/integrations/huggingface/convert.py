@@ -86,9 +86,9 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     have are left out.
 
     Raise `TypeError` for a model of another class. Raise `ValueError` if the model is not what its configuration says,
-    or has an option that this library lacks. Raise it also if `kind` is the counterpart of its class and a weight would
-    be lost, unless `overrides` names lm_weight, classifier_bias or output_bias. So does a difference between the
-    outputs of the two models without a reason in `overrides`.
+    or has an option that this library lacks. Raise `ValueError` also if the outputs of the two models differ without a
+    reason in `overrides`. If `kind` is the counterpart of the model's class, a weight that would be lost raises it too,
+    unless `overrides` has lm_weight, classifier_bias or output_bias.
     """
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
