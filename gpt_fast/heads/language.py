@@ -91,14 +91,18 @@ class LanguageModelHead(Head):
     def _targets(self, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """Return the label of each position's prediction [B, T]: the next token's if causal, else the position's own.
 
-        Labels of padding become -100 if causal.
+        If causal, the last position and padding, by `lengths` [B] or `key_mask` [B, T], get -100.
         """
         return shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
 
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        """Return [number of labels that count], shifted if causal and without -100 and padding; see `loss_counts`."""
+        """Return [number of labels that count], a scalar tensor for the one term of the loss.
+
+        Labels of -100 do not count. In a causal model neither do those of padding and of the first token. Raise
+        `ValueError` unless `labels` are int64 in the shape of `tokens`.
+        """
         _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
 
