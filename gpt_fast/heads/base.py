@@ -126,7 +126,7 @@ class Head(Convertible, nn.Module):
             cu_seqlens: Bounds of packed sequences. They do not change the counts.
 
         Returns:
-            Counts [terms], float32.
+            Counts [terms], float32. With weighted classes, a classifier's count is the sum of its labels' weights.
 
         Raises:
             ValueError: The head's forward pass would raise it for these tokens or labels.
@@ -268,7 +268,7 @@ class Head(Convertible, nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
-        """Return the model saved in a folder, on the CPU, in training mode as PyTorch's constructors have it.
+        """Return the model saved in a folder, on the CPU, in PyTorch's default dtype and in training mode.
 
         From a folder that another head saved, the trunk is loaded, and the output layer if both heads have one. Layers
         that the folder lacks get new random weights, which is how fine-tuning starts.

@@ -50,8 +50,10 @@ class TaskHead(Head):
         """Return loss and logits of tokens. The logits are always computed.
 
         Args:
-            tokens: Token ids, int64, in the shape that the docstring of the head's class states.
-            labels: Labels, in the shape and dtype that the docstring of the head's class states.
+            tokens: Token ids, int64, [B, T]. They are [B, 2, T] for similarity (both orders of two texts), and
+                [B, K, T] for multiple choice (K answers).
+            labels: Labels, in the shape and dtype that the docstring of the head's class states, such as int64 [B] for
+                classes of sequences.
             lengths: Number of real tokens of each sequence, for sequences that are padded on the right.
             key_mask: Bool in the shape of `tokens`, True for a real token.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
@@ -59,8 +61,9 @@ class TaskHead(Head):
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
-            (loss, logits). The loss is a float32 scalar, or None without labels. The docstring of the head's class
-            states the shape of the logits.
+            (loss, logits). The loss is a float32 scalar, or None without labels. With `config.lm_weight` > 0 it
+            includes that times the language model's loss on the tokens. The docstring of the head's class states the
+            shape of the logits, such as [B, L] for L labels.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
@@ -193,8 +196,8 @@ class TaskHead(Head):
         """Return the position [N] of the token that the classifier reads in each row of `tokens` [N, T].
 
         It is the last real token. With pooling "extract" it is the last real token that is the extract token.
-        `candidates` is bool [N, T], True for a real token. If a row has no such token, raise `ValueError`, or return T
-        - 1 for the row where values are not checked, as on a GPU.
+        `candidates` is bool [N, T], True for a real token. If a row has no such token, raise `ValueError`, or return
+        its last position where values are not checked, as on a GPU.
         """
         wanted = "a real token"
         if self.config.pooling == "extract":
@@ -402,8 +405,8 @@ class GPTForSimilarity(TaskHead):
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         """Return logits [B, L] from the sum of the two hidden states that are read, one for each order of the texts.
 
-        `hidden` is [2 B, T, C], `tokens` is [2 B, T], and `real` is bool [2 B, T], False at padding. `shape` is [B, 2,
-        T].
+        `hidden` is [2 B, T, C], `tokens` is [2 B, T], and `real` is bool [2 B, T], False at padding. `shape` is
+        [B, 2, T].
         """
         pooled = self._pooled(hidden, tokens, real)
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
@@ -460,8 +463,8 @@ class GPTForMultipleChoice(TaskHead):
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         """Return logits [B, K], one for each answer.
 
-        `hidden` is [B K, T, C], `tokens` is [B K, T], and `real` is bool [B K, T], False at padding. `shape` is [B, K,
-        T].
+        `hidden` is [B K, T, C], `tokens` is [B K, T], and `real` is bool [B K, T], False at padding. `shape` is
+        [B, K, T].
         """
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 

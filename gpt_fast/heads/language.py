@@ -54,7 +54,7 @@ class LanguageModelHead(Head):
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
-            (loss, logits), each None where it is not computed.
+            (loss, logits), each None where it is not computed. The loss is a float32 scalar.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or masks contradict each

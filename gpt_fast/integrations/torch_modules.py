@@ -95,8 +95,8 @@ def encoder_layer_forward(
 ) -> Tensor:
     """Run an `nn.TransformerEncoderLayer` on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
 
-    The arguments are those of the layer's own forward. The masks exclude where they are True or -inf. `src_mask` is [T,
-    T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be the
+    The arguments are those of the layer's own forward. The masks exclude where they are True or -inf. `src_mask` is
+    [T, T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be the
     causal mask and not read. The layer's own forward runs instead, with a warning, if the ops do not support the call.
     """
     parts = _encoder_parts(self)

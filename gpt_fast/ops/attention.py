@@ -139,10 +139,12 @@ def attention_qkv(
         num_heads: Number of heads H.
         causal: Let a query attend only to keys up to its own position. The keyword arguments mean what they mean in
             `attention`, with S = T.
-        lengths: Real tokens [B], int64 or int32.
+        lengths: How many tokens of each sequence are real [B], int64 or int32. A query attends to keys before that
+            length.
         key_mask: Bool [B, T], True for a key that queries may attend to.
         mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
-        cu_seqlens: Bounds [n + 1] of packed sequences, int64 or int32.
+        cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row, int64 or int32. It needs B = 1. Each
+            sequence sees itself alone.
         window: Width of a sliding window: a query attends to the last `window` keys up to its own, and without `causal`
             to as many from its own on.
         dropout_p: Dropout probability of the attention probabilities, in [0, 1).
@@ -154,8 +156,8 @@ def attention_qkv(
         out [B, T, C] in the dtype of qkv.
 
     Raises:
-        ValueError: `attention` would raise it, `num_heads` is below 1, or the last axis is no multiple of 3 ·
-            num_heads.
+        ValueError: A dtype, shape or device differs from the list above, `num_heads` is below 1, the last axis is no
+            multiple of 3 · num_heads, D exceeds 256, or an option has a value that `attention` refuses.
         NotImplementedError: A gradient is differentiated again.
 
     Example:

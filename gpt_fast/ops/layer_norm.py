@@ -56,7 +56,7 @@ def layer_norm(
 
     Note:
         Precision: statistics and sums are float32, and each result is rounded once. The reference serves a call with
-        any float64 argument.
+        any float64 argument. `_y_dtype`, which only this library's blocks pass, replaces the dtype of y.
 
         Results are deterministic, forward and backward, at any number of threads.
 

@@ -304,10 +304,10 @@ def _checkpointed(block: Any, function: Callable, x: Tensor, call: Call) -> Tens
 def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[str | None, Masks | None]:
     """Return (None, masks) for a call of `block`, or (reason, None) if transformers has to run the call.
 
-    `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or [B or 1, H or
-    1, T or 1, S]) and `cache` transformers' cache or None. `masks` holds causal, key_mask [B, S] and mask, as
-    `ops.attention` takes them. They are also stored as an attribute of the tensor `mask`, for the other blocks of the
-    pass. Reasons are a request for attention probabilities, another attention implementation than sdpa or eager,
+    `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or
+    [B or 1, H or 1, T or 1, S]) and `cache` transformers' cache or None. `masks` holds causal, key_mask [B, S] and
+    mask, as `ops.attention` takes them. They are also stored as an attribute of the tensor `mask`, for the other blocks
+    of the pass. Reasons are a request for attention probabilities, another attention implementation than sdpa or eager,
     non-causal attention, another cache than `DynamicCache`, and a mask of another shape or with other values.
     """
     config = attn.config
