@@ -58,7 +58,7 @@ class TaskHead(Head):
             key_mask: Bool in the shape of `tokens`, True for a real token.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             logits: Not used. It is there because heads for language modelling have this argument.
-            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+            loss_weights: Factor of each term of the loss [terms]; None means 1 each. `loss_counts` explains their use.
 
         Returns:
             (loss, logits). The loss is a float32 scalar, or None without labels. With `config.lm_weight` > 0 it
@@ -97,7 +97,7 @@ class TaskHead(Head):
 
         Raises:
             ValueError: There are more or fewer weights than classes, a weight is negative or infinite, or the head has
-                no classes.
+                no classes (regression, multiple choice, question answering).
         """
         name, L = type(self).__name__, self.classifier.out_features
         if weights is None:
@@ -259,10 +259,10 @@ class TaskHead(Head):
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [N, L] over the rows whose label is not -100, or 0 without any.
 
-        Labels are [N]. The mean is weighted if `class_weights` are set.
+        Labels are int64 [N]. The mean is weighted if `class_weights` are set.
 
         Raises:
-            ValueError: A label is not a class.
+            ValueError: A label is no class in [0, L), where values are checked (on the CPU).
         """
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])

@@ -51,7 +51,7 @@ class LanguageModelHead(Head):
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
             logits: True computes logits [B, T, V], False does not. None computes them only without labels.
-            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+            loss_weights: Factor of each term of the loss [terms]; None means 1 each. `loss_counts` explains their use.
 
         Returns:
             (loss, logits), each None where it is not computed. The loss is a float32 scalar.

@@ -125,7 +125,7 @@ def _is_whole(self: Any, block: Block) -> bool:
 
     The options, buffers and classes are the recognised ones, which is not checked in a compiled graph. The block itself
     and its attention and MLP have no hooks and no forwards of their own. Each dropout inside an op is a number or an
-    `nn.Dropout` without hooks, and all heads share one rate.
+    `nn.Dropout` without hooks. If heads have dropouts of their own, all have one rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -196,8 +196,9 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout, a module with hooks, was called
-    here. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
+    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
+    nothing drops.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -228,8 +229,9 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout, a module with hooks, was called
-    here. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
+    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
+    nothing drops.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
@@ -260,9 +262,9 @@ def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
 
 
 def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
-    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`.
+    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`, with the parameters of the module at `norm.path` in `self`.
 
-    The module at `norm.path` is called instead if it has hooks or another class than the recognised one.
+    The module is called instead if it has hooks or another class than the recognised one.
     """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:

@@ -63,7 +63,10 @@ class Norm:
 
 
 def part(block: Any, path: str) -> Any:
-    """Return the attribute of `block` at a dotted path such as "attn.c_proj". The path "" stands for `block` itself."""
+    """Return the attribute of `block` at a dotted path such as "attn.c_proj". The path "" stands for `block` itself.
+
+    Raise `AttributeError` if a name on the path is missing.
+    """
     for name in path.split(".") if path else ():
         block = getattr(block, name)
     return block
@@ -223,8 +226,8 @@ def find_norm(path: str, module: Any) -> Norm | None:
 
     The module runs on random float64 inputs, in evaluation and in training mode, and gets its train flag back. It
     computes LayerNorm if its outputs and gradients equal those of `F.layer_norm` with its own eps or one of 1e-5, 1e-6,
-    1e-8 and 1e-12. The result is None, too, if the module has buffers or parameters with other names than those of
-    gains and biases, raises, or draws random numbers. `path` is the path in the result.
+    1e-8 and 1e-12. The result is None, too, if the module has buffers, no parameters, or parameters with other names
+    than those of gains and biases, or if it raises or draws random numbers. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")

@@ -106,7 +106,10 @@ def _longest_sequence(model: nn.Module) -> int:
 
 
 def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
-    """Report each norm, projection, attention and MLP that is replaced in the block `module`, whose path is `name`."""
+    """Add an entry to `report` for each norm, projection, attention and MLP that is replaced in a block.
+
+    `module` is the block, `name` its path in the model, and `block` what it was recognised as.
+    """
     prefix, layout = f"{name}." if name else "", block.layout
     for path in (layout.norm1, layout.norm2):
         op = "layer_norm" if block.pre_norm and path == layout.norm1 else "add_layer_norm"
@@ -215,10 +218,11 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
     """Return True if the model computes the same with the patches as without, in evaluation mode on random tokens.
 
-    The outputs are compared within the tolerance of `_near`, and so are the gradients of parameters outside of the
-    patched modules, because patched modules were compared before. `apply(patch)` puts a patch on and `undo(module)`
-    takes it off. The result is True without comparison for a model that cannot be called with tokens alone, has no
-    embedding, or lies on the meta device. A `Patch` holds a module and its new forward.
+    The outputs may differ by 256 times the dtype's eps, relative to the largest value. So may the gradients of
+    parameters outside of the patched modules, which were compared before. `apply(patch)` puts a patch on and
+    `undo(module)` takes it off; none is left on. A call that fails without the patches is not compared. The result is
+    True without comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta
+    device. A `Patch` holds a module and its new forward.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:

@@ -38,8 +38,9 @@ class Refused(Exception):
 def without_trace(module: nn.Module) -> Iterator[None]:
     """Restore `module` and the random generators after the `with` block; raise `Refused` if it wrote or drew.
 
-    Flags, attributes and buffers of `module` and its submodules are restored. `Refused` is raised if a forward wrote an
-    attribute or a buffer, or drew random numbers other than dropout's. Fused ops would not do what such a forward does.
+    Flags, attributes and buffers of `module` and its submodules are restored, also after an exception, which passes.
+    `Refused` is raised if a forward wrote an attribute or a buffer, or drew random numbers other than dropout's. Fused
+    ops would not do what such a forward does.
     """
     modules = list(module.modules())
     attributes = [dict(vars(child)) for child in modules]

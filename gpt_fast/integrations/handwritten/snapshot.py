@@ -65,7 +65,8 @@ def _where(buffer: Tensor) -> tuple[int, int]:
 def _options(module: nn.Module, rates: frozenset[str]) -> dict[str, Any]:
     """Return the simple attributes of `module` and of all modules inside it, by path, for comparison.
 
-    Private attributes, train flags, `p` of dropouts, `forward` and the paths in `rates` are left out.
+    Simple are numbers, strings, bytes, tuples and None, also one level inside dictionaries and objects. Private
+    attributes, train flags, attributes named `p` or `forward` and the paths in `rates` are left out.
     """
     found: dict[str, Any] = {}
     for path, child in module.named_modules():

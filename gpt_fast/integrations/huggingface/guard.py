@@ -71,9 +71,10 @@ def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None 
 
 
 def _why_other_modules(model: Any, made: Any) -> str | None:
-    """Return the first module of `model` that differs from the one in `made`, and how, or None if no module differs.
+    """Return, as text, the first module of `model` that differs from the one in `made`, and how, or None.
 
-    Modules are compared by name, class, hooks and public attributes with simple values.
+    `made` is a new model of the same class and configuration. Modules are compared by name, class, hooks and public
+    attributes with simple values (numbers, strings, tuples, functions, None).
     """
     modules, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, made))
     for name, standard in expected.items():
@@ -99,8 +100,9 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
 def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Return why a call of `module` runs anything besides the forward of the class `kind`, or None if it does not.
 
-    Three changes do not count: hooks by which transformers records outputs, the forwards of `gpt_fast.accelerate`, and
-    the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
+    Reasons are another class, a forward of its own, and hooks. Three changes do not count: hooks by which transformers
+    records outputs, the forwards of `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around
+    the forward of a trained model.
     """
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -125,10 +127,10 @@ def _is_forward_of(kind: Any, forward: Any) -> bool:
 
 
 def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | None:
-    """Return the first parameter of `model` that differs from the one in `made`, and how, or None.
+    """Return, as text, the first parameter of `model` that differs from the one in `made`, and how, or None.
 
-    Parameters are compared by name and shape. All have to be `nn.Parameter`s of one dtype. `spare` names a parameter
-    that `model` may have although `made` has none.
+    `made` is a new model of the same class and configuration. Parameters are compared by name and shape. All have to be
+    `nn.Parameter`s of one dtype. `spare` names a parameter that `model` may have although `made` has none.
     """
     parameters, expected = (dict(each.named_parameters(remove_duplicate=False)) for each in (model, made))
     first, dtype = next((name, parameter.dtype) for name, parameter in parameters.items())
@@ -151,11 +153,11 @@ def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | Non
 
 
 def _why_other_buffers(model: Any, made: Any) -> str | None:
-    """Return the first buffer of `model` that differs from the one in `made`, and how, or None.
+    """Return, as text, the first buffer of `model` that differs from the one in `made`, and how, or None.
 
-    Buffers are compared by name. GPT-1's forward reads two, a causal mask and positions, which are compared by value,
-    unless they are on the meta device. Buffers `attn.bias` and `attn.masked_bias` of old files may be there in
-    addition.
+    `made` is a new model of the same class and configuration. Buffers are compared by name. GPT-1's forward reads two,
+    a causal mask and positions, which are compared by value, unless they are on the meta device. Buffers `attn.bias`
+    and `attn.masked_bias` of old files may be there in addition.
     """
     buffers, expected = (dict(each.named_buffers(remove_duplicate=False)) for each in (model, made))
     for name in expected:

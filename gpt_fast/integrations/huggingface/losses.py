@@ -267,7 +267,10 @@ class Deferred:
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
-        """Return lm_head(hidden), or raise `RuntimeError` if weights or hidden states changed after construction."""
+        """Return lm_head(hidden), computed in the gradient mode and under the autocast of the pass.
+
+        Raise `RuntimeError` if weights or hidden states changed after construction.
+        """
         if self._is_stale():
             raise RuntimeError(
                 "gpt_fast.accelerate: logits has lm_head weights or hidden states that changed after the pass; "

@@ -167,7 +167,10 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`."""
+    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`.
+
+    The residual additions are included. The cache gets the new keys and values.
+    """
     p = self.dropout if self.training else 0.0
     shape = x.shape
     pre_norm = getattr(self, "do_layer_norm_before", True)  # BioGPT has no such option
@@ -186,7 +189,8 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
     """Return attention's output [B, T, C] after its output projection, in OPT or BioGPT, for x [B, T, C].
 
-    `call` holds the masks, the cache and the dropout seed.
+    `call` holds the masks, the cache and the dropout seed. The cache gets the new keys and values. The dropout of the
+    output is left to the caller.
     """
     p = attn.dropout if attn.training else 0.0
     out = _attend(attn, (attn.q_proj, attn.k_proj, attn.v_proj), x, call, attn.layer_idx, attn.scaling, p)
@@ -208,7 +212,11 @@ def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`."""
+    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`.
+
+    The residual additions are included. The cache gets the new keys and values. A block of type "local" attends to the
+    last `window_size` keys.
+    """
     attn = self.attn.attention
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     window = attn.config.window_size if attn.attention_type == "local" else None
@@ -232,7 +240,8 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
     """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C] and the masks, cache and seed in `call`.
 
-    Its norms are called, because they divide by the root mean square, for which there is no op.
+    The residual additions are included. The cache gets the new keys and values. The norms are called, because they
+    divide by the root mean square, for which there is no op.
     """
     attn = self.attn
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
@@ -306,9 +315,12 @@ def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[
 
     `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or
     [B or 1, H or 1, T or 1, S]) and `cache` transformers' cache or None. `masks` holds causal, key_mask [B, S] and
-    mask, as `ops.attention` takes them. They are also stored as an attribute of the tensor `mask`, for the other blocks
-    of the pass. Reasons are a request for attention probabilities, another attention implementation than sdpa or eager,
-    non-causal attention, another cache than `DynamicCache`, and a mask of another shape or with other values.
+    mask, as `ops.attention` takes them. Without a mask attention is causal. Outside of graphs the result is also stored
+    as an attribute of the tensor `mask`, for the other blocks of the pass.
+
+    Reasons are a request for attention probabilities, another attention implementation than sdpa or eager, non-causal
+    attention, another cache than `DynamicCache`, a cache under gradient checkpointing, several queries with older keys
+    and no mask, and a mask of another shape or with other values.
     """
     config = attn.config
     if getattr(config, "output_attentions", False):
@@ -512,7 +524,11 @@ def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str
 
 
 def _note_block(path: str, block: Any, report: Report) -> None:
-    """Add an entry to `report` for each attention, projection, norm and MLP in the block at `path`."""
+    """Add an entry to `report` for each attention, projection, norm and MLP in the block at `path`.
+
+    An entry names the op that replaces the module, or the reason why the module is called. Attention is noted as
+    replaced.
+    """
     where, attn = _attention_of(block)
     report.note(f"{path}.{where}", attn, "attention", None)
     for one in ("q_proj", "k_proj", "v_proj", "out_proj", "c_attn", "c_proj"):

@@ -186,8 +186,9 @@ def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_expressible(config: GPTConfig, tied: bool) -> None:
     """Raise `ValueError` if nanoGPT has no field for an option of `config`, or if the output layer is not `tied`.
 
-    nanoGPT has pre-norm blocks, the exact GELU, no output bias, `ff_dim` 4 times the width, epsilon 1e-5 and one
-    dropout rate for embeddings, attention and residuals. The message names all options that differ.
+    nanoGPT has pre-norm blocks, the exact GELU, no output bias, `ff_dim` 4 times the width, epsilon 1e-5, no dropout on
+    the hidden activation, and one dropout rate for embeddings, attention and residuals. The message names all options
+    that differ.
     """
     rates = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
     lacking = [
