@@ -116,8 +116,9 @@ def encoder_layer_forward(
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Run a block like `reference.TransformerDecoder` on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
 
-    `mask` is bool [T, T], True where a token may not attend. The block's own forward runs instead, with a warning, if
-    the ops do not support the call.
+    `mask` is [T, T]: bool, True where a token may not attend, or float, -inf there and 0 elsewhere. Without a mask
+    every token attends to all. The block's own forward runs instead, with a warning, if the ops do not support the
+    call.
     """
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)

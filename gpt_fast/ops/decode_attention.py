@@ -28,7 +28,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         q: Queries [B, H, D], D from 1 to 256, in float32, bfloat16, float16 or float64.
         k_cache: Keys [B, H, S, D], in the dtype of q.
         v_cache: Values [B, H, S, D], in the dtype of q.
-        lengths: How many entries of each sequence are filled [B], int64 or int32. A length of 0 gives 0.
+        lengths: How many entries of each sequence are filled [B], int64 or int32. A length of 0 gives 0. Where nobody
+            checks them, they are clamped to [0, S].
 
     Returns:
         out [B, H, D] in the dtype of q.

@@ -86,7 +86,10 @@ def layouts(block: nn.Module) -> Iterator[Layout]:
 
 
 def _is_there(block: nn.Module, layout: Layout) -> bool:
-    """Return True if `block` has a module at each path of `layout`, an `nn.Linear` for each linear layer."""
+    """Return True if `block` has a module at each path of `layout`, an `nn.Linear` for each linear layer.
+
+    Paths that are "" are skipped.
+    """
     modules = dict(block.named_modules())
     paths = [getattr(layout, field.name) for field in fields(layout) if field.name != "name"]
     flat = [path for value in paths for path in ([value] if isinstance(value, str) else value)]

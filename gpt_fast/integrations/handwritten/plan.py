@@ -125,8 +125,9 @@ def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
 def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -> list[Patch]:
     """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
 
-    An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` holds a module and its new forward.
+    An output layer is an `nn.Linear` outside of blocks, from C to the number of rows of an `nn.Embedding` of width C. A
+    norm with hooks is left alone. `report` gets an entry for each module that is replaced or left alone. A `Patch`
+    holds a module and its new forward.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -178,10 +179,10 @@ def _width(block: nn.Module) -> int | None:
 def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: int) -> list[Patch]:
     """Return the patches of attention and MLP modules that are not in a replaced block.
 
-    They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
-    the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
-    attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
-    ones. A `Patch` holds a module and its new forward.
+    They may stand in a model without blocks, or in a block that is left alone. The list is empty for a model without a
+    LayerNorm. Modules in `claimed` are skipped, and the modules that were examined are added to `claimed`. `report`
+    gets entries for modules that are replaced, and for attention that is left alone. `longest` is the sequence length
+    at which a module is compared once, besides short ones. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer

@@ -212,10 +212,10 @@ Factors = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]
 def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1.0, 1.0), fused: float = 1.0) -> Tensor:
     """Return the output [B, T, C] of a GPT block for x [B, T, C], in plain PyTorch, or of attention or an MLP alone.
 
-    `parts` tells where `block` keeps its weights and how it computes. Each of the four `factors` multiplies in the
-    place of a dropout: attention probabilities, attention's output, hidden activation, the MLP's output. `fused`
-    multiplies the result of attention over the values. It stands for a dropout inside `F.scaled_dot_product_attention`,
-    whose probabilities cannot be seen.
+    `parts` tells where `block` keeps its weights and how it computes; without norms it is attention or an MLP alone.
+    Attention is causal. Each of the four `factors` multiplies in the place of a dropout: attention probabilities,
+    attention's output, hidden activation, the MLP's output. `fused` multiplies the result of attention over the values.
+    It stands for a dropout inside `F.scaled_dot_product_attention`, whose probabilities cannot be seen.
     """
     layout = parts.layout
 
@@ -281,10 +281,11 @@ def _why_not(block: nn.Module, parts: Block) -> str:
 
 
 def _why_other(got: Tensor, expected: Tensor, leaves: list[Tensor], generator: torch.Generator, where: str) -> str:
-    """Return how outputs or gradients differ, or "" if they agree.
+    """Return how outputs or gradients differ by more than 1e-6, relative to the largest value, or "" if they agree.
 
     `got` and `expected` are the outputs of the block and of `formula`. The gradients are those of `leaves` for a random
-    upstream gradient, drawn from `generator`. `where` ends the message, such as "at batch 2 and length 5".
+    upstream gradient, drawn from `generator`. A gradient that only one side has is a difference. `where` ends the
+    message, such as "at batch 2 and length 5".
     """
     if not _close(got, expected):
         return f"computes something else than its parts suggest, {where}"

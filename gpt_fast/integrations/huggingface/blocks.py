@@ -434,8 +434,8 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 def _packed(positions: Tensor) -> Tensor | None:
     """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
 
-    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is also made
-    if the values cannot be read at once, as on a GPU.
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention, also to later tokens
+    of the sequence. The mask is also made if the values cannot be read at once, as on a GPU.
     """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]

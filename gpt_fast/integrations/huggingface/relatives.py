@@ -87,7 +87,8 @@ def gpt_neo_block_forward(
     """Run a block of GPT-Neo on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
+    keys and values, which is extended in place. A call that the ops do not support runs transformers' own forward, with
+    a warning.
     """
     attn = self.attn.attention
     reason, masks = _masks_of(self, attn, hidden_states, attention_mask, layer_past)
@@ -105,7 +106,8 @@ def imagegpt_block_forward(
     """Run a block of ImageGPT on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
+    keys and values, which is extended in place. A call that the ops do not support, such as one with an encoder's
+    states, runs transformers' own forward, with a warning.
     """
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
