@@ -218,8 +218,9 @@ def _masks(
 def _allowed(mask: Tensor) -> Tensor | None:
     """Return `mask` as a bool mask that is True where attention is allowed, or None if it cannot be translated.
 
-    A bool mask excludes where it is True, a float mask where it is -inf. A float mask cannot be translated if it holds
-    values other than 0 and -inf, or if reading its values would wait for a GPU or break a graph or a `vmap`.
+    A bool mask excludes where it is True, a float mask where it is -inf. A float mask with values other than 0 and -inf
+    cannot be translated. Neither can one whose values only a wait for a GPU, or a break of a graph or a `vmap`, would
+    show.
     """
     if mask.dtype == torch.bool:
         return ~mask

@@ -374,9 +374,9 @@ def _warn_once(op: str, where: str, advice: str) -> None:
 def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel serves a call of `op` on x and `others`, and False if the reference does.
 
-    The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, under
-    `use_reference`, in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func` that kernels
-    cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
+    The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, and under
+    `use_reference`. It also does so in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func`
+    that kernels cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
     """
     return allows_kernels(x, *others) and serving(op, x.device.type) != "reference"
 
@@ -414,10 +414,10 @@ def _any_float64(*tensors: Tensor | None) -> bool:
 def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a cheap check already shows that a kernel serves the call.
 
-    That takes eager mode outside of `use_reference`, forward mode and transforms, and tensors x and `others` (or None)
-    of one dtype, float32, bfloat16 or float16, on one device. `serving` must have found a kernel for `op` on that
-    device type before. False means only that the full checks (`has_kernel` and the checks of the arguments) have to
-    decide. They cost 2 µs more, which shows in a norm of a few rows.
+    The call has to be eager, and outside of `use_reference`, forward mode and transforms. x and `others` (or None) have
+    to be tensors of one dtype, float32, bfloat16 or float16, and on one device. `serving` must have found a kernel for
+    `op` on that device type before. False means only that the full checks (`has_kernel` and the checks of the
+    arguments) have to decide. They cost 2 µs more, which shows in a norm of a few rows.
     """
     if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False

@@ -191,8 +191,8 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return deferred logits in another shape, or `NotImplemented` if the call needs the values.
 
     `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is deferred
-    if `func` is view, reshape, flatten or contiguous, the values of the logits in args[0] are not computed yet, and the
-    new shape keeps the last dimension, the vocabulary.
+    if `func` is view, reshape, flatten or contiguous, and args[0] are logits whose values are not computed yet. The new
+    shape has to keep the last dimension, the vocabulary.
     """
     source = args[0] if args else None
     if func not in _RESHAPES or not isinstance(source, Logits) or _is_computed(source):
@@ -232,10 +232,10 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return `F.cross_entropy` of deferred logits, computed from their hidden states, or `NotImplemented`.
 
     `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is a loss
-    if `func` is `F.cross_entropy`, the logits [N, V] in the first argument are not computed yet, the targets are int64
-    class indices [N], and neither class weights nor PyTorch's deprecated options are given. The loss has the dtype of
-    the logits, or float32 under autocast. Raises `RuntimeError` if hidden states or weights changed after the pass; on
-    a GPU this is found by write counts alone.
+    if `func` is `F.cross_entropy` and its first argument are logits [N, V] whose values are not computed yet. The
+    targets have to be int64 class indices [N], and neither class weights nor PyTorch's deprecated options may be given.
+    The loss has the dtype of the logits, or float32 under autocast. Raises `RuntimeError` if hidden states or weights
+    changed after the pass; on a GPU this is found by write counts alone.
     """
     if func is not F.cross_entropy:
         return NotImplemented
@@ -261,7 +261,7 @@ def _may_defer() -> bool:
     """Return True if logits may be deferred, that is, computed when code reads them.
 
     The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
-    `torch.func`, because these record the computation of the moment. It is False inside activation checkpointing, which
+    `torch.func`. These record the computation of the moment. It is False inside activation checkpointing, which
     compares or repeats the computation of a block. Signs of activation checkpointing are gradients that are off in a
     forward pass, a backward pass that is running, and hooks on saved tensors.
     """

@@ -41,9 +41,9 @@ class Block:
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a hand-written block that `gpt_fast.accelerate` recognised: x [B, T, C] → [B, T, C], on `gpt_fast.ops`.
 
-    x is the first argument. The forward of the block's class runs instead if x is no tensor of three dimensions, if
-    another argument differs from its default, or if the block changed or got hooks after it was recognised. If a
-    dropout is active, the call draws a seed.
+    x is the first argument. The forward of the block's class runs instead if the block changed or got hooks after it
+    was recognised. It also runs if x is no tensor of three dimensions, or if another argument differs from its default.
+    If a dropout is active, the call draws a seed.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
@@ -67,8 +67,8 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
     x is the first argument. The output projection and the dropout after it are included. The forward of the module's
-    class runs instead if x is no tensor of three dimensions, if another argument differs from its default, or if the
-    module changed or got hooks after it was recognised.
+    class runs instead if the module changed or got hooks after it was recognised. It also runs if x is no tensor of
+    three dimensions, or if another argument differs from its default.
     """
     return _alone(self, _attention, args, kwargs)
 
@@ -76,9 +76,9 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The dropout of the output is included. The forward of the module's class runs instead if x
-    is no tensor of three dimensions, if another argument differs from its default, or if the module changed or got
-    hooks after it was recognised.
+    x is the first argument. The dropout of the output is included. The forward of the module's class runs instead if
+    the module changed or got hooks after it was recognised. It also runs if x is no tensor of three dimensions, or if
+    another argument differs from its default.
     """
     return _alone(self, _mlp, args, kwargs)
 
@@ -88,8 +88,8 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 
     `branch_of` is `_attention` or `_mlp`. `args` and `kwargs` are the arguments of the call, and x is the first of
     them. The last dropout runs by itself, because the residual addition that it could be fused with is in foreign code.
-    The forward of the module's class runs instead if x is no tensor of three dimensions, if another argument differs
-    from its default, or if the module changed or got hooks after it was recognised.
+    The forward of the module's class runs instead if the module changed or got hooks after it was recognised. It also
+    runs if x is no tensor of three dimensions, or if another argument differs from its default.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None

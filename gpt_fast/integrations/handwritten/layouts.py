@@ -102,8 +102,9 @@ def _is_there(block: nn.Module, layout: Layout) -> bool:
 def _inferred(block: nn.Module) -> Layout | None:
     """Return the layout that the structure of `block` suggests, or None if it is not that of a GPT block.
 
-    A block has two norms of width C; linear layers C → 3C, three C → C, or three C → D for each head, for queries, keys
-    and values; another C → C for the output; and C → F and F → C for the MLP, in the order of registration.
+    A block has two norms of width C and these linear layers. Queries, keys and values come from one layer C → 3C, three
+    layers C → C, or three layers C → D for each head. The output is another C → C. The MLP is C → F and F → C, in the
+    order of registration.
     """
     modules = dict(block.named_modules())
     norms = [path for path, module in modules.items() if norm_width(module) is not None]
@@ -229,8 +230,8 @@ def find_norm(path: str, module: Any) -> Norm | None:
 
     The module runs on random float64 inputs, in evaluation and in training mode, and gets its train flag back. It
     computes LayerNorm if its outputs and gradients equal those of `F.layer_norm` with its own eps or one of 1e-5, 1e-6,
-    1e-8 and 1e-12. The result is None, too, if the module has buffers, no parameters, or parameters with other names
-    than those of gains and biases, or if it raises or draws random numbers. `path` is the path in the result.
+    1e-8 and 1e-12. The result is None, too, if the module raises, draws random numbers, has buffers or has no
+    parameters. Parameters have to be named as a gain or a bias. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")

@@ -436,12 +436,12 @@ Places = tuple[tuple[str, str, str, str], tuple[str, ...]]
 def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> Places:
     """Return (paths, heads): the paths of the dropouts that act in the block when it runs in training mode.
 
-    The four `paths` are those of the dropout of the attention probabilities, of attention's output, of the hidden
-    activation and of the MLP's output, "" where nothing is dropped. If each head is a module with a dropout of its own,
-    `heads` holds the paths of all heads and `paths` begins with the first of them; else `heads` is empty. `sources`
-    maps each dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of
-    length T and stays in training mode. Raises `Refused` if it drops at other places, or if outputs or gradients differ
-    from those of `formula`.
+    The four `paths` lead to the dropouts of attention's probabilities, attention's output, the hidden activation and
+    the MLP's output, "" where nothing is dropped. If each head is a module with its own dropout, `heads` holds the
+    paths of all heads. `paths` then begins with the first of them. Otherwise `heads` is empty. `sources` maps each
+    dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of length T and
+    stays in training mode. Raises `Refused` if it drops at other places, or if outputs or gradients differ from those
+    of `formula`.
     """
     block.train()
     wide = _widened(block)

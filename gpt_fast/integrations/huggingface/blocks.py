@@ -508,9 +508,9 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
     """Return why `gpt_fast.ops` do not support a call of GPT-2's or GPT-1's trunk, or None if they do.
 
     `call` holds the arguments by name, and `known` the names of the arguments that are supported. An argument of None
-    counts as left out. Reasons are other arguments, a request for attention probabilities or for the states of some
-    layers, none or both of `input_ids` and `inputs_embeds`, an attention mask of another form, an attention dropout
-    with hooks, and a block that `accelerate` has not patched.
+    counts as left out. Reasons in the call are other arguments, a request for attention probabilities or for the states
+    of some layers, none or both of `input_ids` and `inputs_embeds`, and an attention mask of another form. Reasons in
+    the model are an attention dropout with hooks and a block that `accelerate` has not patched.
     """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:

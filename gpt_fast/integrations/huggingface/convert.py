@@ -242,8 +242,8 @@ def _load(transformers: Any, folder: Any) -> Any:
 
     If that class is unknown, it is loaded as a language model. `transformers` is the imported package. Every weight has
     to be there: nothing is filled at random. Nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints.
-    Raises `TypeError` for a model other than GPT-2 and GPT-1, `ValueError` for damaged, missing, quantised or
-    unexpected weights or a wrong config.json, and `OSError` if there is no such folder or name.
+    Raises `TypeError` for a model other than GPT-2 and GPT-1, and `OSError` if there is no such folder or name. Raises
+    `ValueError` for a wrong config.json, and for damaged, missing, quantised or unexpected weights.
     """
     from huggingface_hub.errors import StrictDataclassError
 

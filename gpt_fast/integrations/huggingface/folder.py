@@ -34,11 +34,12 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
     `to` names the format of `out`, "gpt-fast" or "transformers"; None means the one that `source` does not have. `head`
     ("clm", "mlm" or "classifier") chooses this library's head for a model of transformers; None takes the head that
     fits the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
-    "numbers" (parameters), and if `out` has transformers' format "left_out" (a list of what its class cannot hold).
+    "numbers" (parameters). If `out` has transformers' format, it also has "left_out", a list of what transformers'
+    class cannot hold.
 
-    Raises `ValueError` for a folder of neither library, a model that the other does not have, an unknown `head`, a
-    `head` for a folder of this library, or a `source` that has the format `to` already. Raises `OSError` if a file is
-    missing or `out` exists.
+    Raises `ValueError` for a folder of neither library, a model that the other does not have, or an unknown `head`. It
+    also does so for a `head` with a folder of this library, and for a `source` that has the format `to` already. Raises
+    `OSError` if a file is missing or `out` exists.
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():

@@ -174,9 +174,9 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
     """Return True if this call is left to transformers, which computes the logits and the loss from them.
 
     `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
-    False, or None, which means True in evaluation and False in training. Calls that are left to transformers, too, are
-    those without labels or input, with labels of another shape than the tokens, with a tuple as result, with
-    `logits_to_keep`, and those whose output layer is no plain `nn.Linear`.
+    False, or None, which means True in evaluation and False in training. A call is left to transformers, too, if it has
+    no labels or no input, or labels of another shape than the tokens. So is a call with a tuple as result, with
+    `logits_to_keep`, or with an output layer that is no plain `nn.Linear`.
     """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")

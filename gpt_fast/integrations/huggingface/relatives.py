@@ -320,9 +320,9 @@ def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[
     mask, as `ops.attention` takes them. Without a mask attention is causal. Outside of graphs the result is also stored
     as an attribute of the tensor `mask`, for the other blocks of the pass.
 
-    Reasons are a request for attention probabilities, another attention implementation than sdpa or eager, non-causal
-    attention, another cache than `DynamicCache`, a cache under gradient checkpointing, several queries with older keys
-    and no mask, and a mask of another shape or with other values.
+    Reasons are a request for attention probabilities, non-causal attention, and another attention implementation than
+    sdpa or eager. Others are a cache that is no `DynamicCache` or comes under gradient checkpointing, several queries
+    with older keys and no mask, and a mask of another shape or with other values.
     """
     config = attn.config
     if getattr(config, "output_attentions", False):

@@ -113,8 +113,8 @@ def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any],
 def _check_archive(path: Path) -> None:
     """Raise `ValueError` unless the file is a zip archive, as `torch.save` writes it, with correct checksums.
 
-    The whole file is read. An archive is refused, too, if it is compressed, has two records of one name, or has records
-    that are larger than the file, because reading it could take more memory than the file has bytes.
+    The whole file is read. A compressed archive is refused, too, and one with two records of one name or with records
+    larger than the file. Reading it could take more memory than the file has bytes.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -213,8 +213,8 @@ def _checked_state(state_dict: Any) -> dict[str, Tensor]:
     """Return the detached tensors of a state dict by name, without prefixes of wrappers and without causal masks.
 
     The prefixes are "module." and "_orig_mod.". The tensors may come from any file. Raises `ValueError` if `state_dict`
-    is no mapping or has a key that is no string. It also does so for a tensor that is not dense, larger than its
-    storage, named twice, or not float32, bfloat16 or float16, and for a mask "attn.bias" that is not causal.
+    is no mapping or has a key that is no string. Raises it for a tensor that is not dense, is larger than its storage,
+    is there twice, or is not float32, bfloat16 or float16. Raises it for a mask "attn.bias" that is not causal.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{USER}: state_dict is {described(state_dict)}; expected names and tensors")
