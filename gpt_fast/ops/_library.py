@@ -229,12 +229,11 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 
 def register_triton(name: str, launcher: Callable) -> None:
-    """Make `launcher` the implementation of the operator `gpt_fast::<name>` on CUDA.
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and under TRITON_INTERPRET=1 on the CPU too.
 
-    Under Triton's interpreter (TRITON_INTERPRET=1) it is the one on the CPU too. `launcher` gets the operator's
-    arguments, and its result is the operator's. The device of the first tensor among the arguments is the current CUDA
-    device meanwhile. Where Triton finds no C compiler or fails to compile its launcher, a `RuntimeError` names the op
-    and what is missing. Other errors pass unchanged.
+    `launcher` gets the operator's arguments and returns its results. While it runs, the device of the first tensor
+    among the arguments is the current CUDA device. Where Triton finds no C compiler or fails to compile its launcher, a
+    `RuntimeError` names the op and what is missing. Other errors pass unchanged.
     """
 
     def on_own_device(*args):
@@ -257,10 +256,10 @@ def register_triton(name: str, launcher: Callable) -> None:
 
 
 def _why_not_built(error: Exception) -> str | None:
-    """Return what kept Triton from building its launcher, which is written in C, as text, or None for any other error.
+    """Return, as text, what kept Triton from building its launcher, which is written in C, or None for another error.
 
-    Each `CalledProcessError` counts as a failed compilation, and "Failed to find C compiler" in a message as no
-    compiler.
+    Every `CalledProcessError` is taken for a failed compilation. "Failed to find C compiler" in the message of an error
+    means that there is no compiler.
     """
     if isinstance(error, subprocess.CalledProcessError):
         return (
