@@ -218,9 +218,9 @@ def _masks(
 def _allowed(mask: Tensor) -> Tensor | None:
     """Return `mask` as a bool mask that is True where attention is allowed, or None if it cannot be translated.
 
-    A bool mask excludes where it is True, a float mask where it is -inf. A float mask with values other than 0 and -inf
-    cannot be translated. Neither can one whose values only a wait for a GPU, or a break of a graph or a `vmap`, would
-    show.
+    A bool mask excludes where it is True, a float mask where it is -inf. A float mask cannot be translated if it has
+    other values than 0 and -inf. Neither can one on a GPU, in a graph or in a `vmap`, because its values are not read
+    there.
     """
     if mask.dtype == torch.bool:
         return ~mask

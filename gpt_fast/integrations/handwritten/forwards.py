@@ -119,7 +119,7 @@ def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
 def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
     """Return (names, defaults) of the parameters after `self` of the forward of class `kind`.
 
-    `defaults` maps the names of those parameters that have a default to it. The result is cached.
+    `defaults` maps each parameter that has a default to this default. The result is cached.
     """
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}

@@ -56,7 +56,7 @@ def opt_layer_forward(
     """Run a layer of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → [B, T, C].
 
     The arguments are those of transformers' forward, which runs instead, with a warning, if the ops do not support the
-    call. `cache`, or `past_key_values` in its place, is extended in place.
+    call. The cache, `past_key_values` if given and else `cache`, is extended in place.
     """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
