@@ -56,9 +56,9 @@ class Head(Convertible, nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _build_output_layer(self) -> None:
-        """Add `output_layer`, the projection to the vocabulary.
+        """Add `output_layer`, the projection to the vocabulary, with new random weights.
 
-        With `config.tied` its weight is the token embedding's.
+        With `config.tied` its weight is the token embedding's parameter. It has a bias only with `config.output_bias`.
         """
         config = self.config
         self.output_layer = nn.Linear(config.hidden_dim, config.num_tokens, bias=config.output_bias)
@@ -86,9 +86,10 @@ class Head(Convertible, nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
         """Load the module's own entries as PyTorch does, and remember whether the output layer was tied before.
 
-        Loading with `assign=True` unties it, and `_tie_again` ties it again. This method also runs if a model that
-        contains the head is loaded. If `assign=True` brings two different tensors for the one parameter, an error is
-        added to the messages that `load_state_dict` raises.
+        The arguments are those of PyTorch's method; the last of `rest` is its list of error messages. Loading with
+        `assign=True` unties the output layer, and the hook `_tie_again` ties it again. This method also runs if a model
+        that contains the head is loaded. If `assign=True` brings two different tensors for the one parameter, a message
+        is added to the list, and `load_state_dict` raises it.
         """
         self._was_tied = self.is_tied()
         names = (f"{prefix}output_layer.weight", f"{prefix}trunk.token_emb.weight")
@@ -125,7 +126,7 @@ class Head(Convertible, nn.Module):
             cu_seqlens: Bounds of packed sequences. They do not change the counts.
 
         Returns:
-            Counts [terms], float32.
+            Counts [terms], float32. With weighted classes, a classifier's count is the sum of its labels' weights.
 
         Raises:
             ValueError: The head's forward pass would raise it for these tokens or labels.
@@ -153,14 +154,19 @@ class Head(Convertible, nn.Module):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        """Return for each term of the loss the number of predictions that it is the mean of; see `loss_counts`."""
+        """Return for each term of the loss the number of predictions that it is the mean of, as scalar tensors.
+
+        Each head overrides this method; here it raises `NotImplementedError`. `tokens` and `labels` have the shapes
+        that the head's forward pass takes. `lengths` and `key_mask` (True for a real token), each or None, tell
+        padding.
+        """
         raise NotImplementedError
 
     def _weighted(self, terms: list[Tensor], loss_weights: Tensor | None) -> Tensor:
-        """Return the sum of the loss's terms, each times its weight in `loss_weights` [terms], or 1 for None.
+        """Return the sum of the scalars `terms`, each times its weight in `loss_weights` [terms], or times 1 for None.
 
         Raises:
-            ValueError: `loss_weights` has another shape.
+            ValueError: `loss_weights` is no tensor or has another shape.
         """
         if loss_weights is None:
             return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
@@ -175,8 +181,8 @@ class Head(Convertible, nn.Module):
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the output layer's logits for hidden states [..., C] and labels [...].
 
-        Labels are not shifted here, and a label of -100 does not count. In training the loss includes the z-loss, if
-        `z_loss` is above 0.
+        The result is a float32 scalar, 0 if no label counts. Labels are not shifted here, and a label of -100 does not
+        count. In training the loss includes the z-loss, if `z_loss` is above 0.
         """
         return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 
@@ -217,7 +223,9 @@ class Head(Convertible, nn.Module):
         self.config = self.trunk.config = config
 
     def draw_weights(self, names: Collection[str]) -> None:
-        """Draw initial weights for each child module that owns one of the parameters in `names`.
+        """Draw initial weights for each direct child module that owns one of the parameters in `names`.
+
+        All weights of a linear child are drawn from N(0, init_std²), and its bias becomes 0. The trunk stays as it is.
 
         Args:
             names: Names of parameters in the state dict, such as "classifier.weight".
@@ -260,7 +268,7 @@ class Head(Convertible, nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
-        """Return the model saved in a folder, on the CPU, in training mode as PyTorch's constructors have it.
+        """Return the model saved in a folder, on the CPU, in PyTorch's default dtype and in training mode.
 
         From a folder that another head saved, the trunk is loaded, and the output layer if both heads have one. Layers
         that the folder lacks get new random weights, which is how fine-tuning starts.

@@ -50,17 +50,20 @@ class TaskHead(Head):
         """Return loss and logits of tokens. The logits are always computed.
 
         Args:
-            tokens: Token ids, int64, in the shape that the docstring of the head's class states.
-            labels: Labels, in the shape and dtype that the docstring of the head's class states.
+            tokens: Token ids, int64, [B, T]. They are [B, 2, T] for similarity (both orders of two texts), and
+                [B, K, T] for multiple choice (K answers).
+            labels: Labels, in the shape and dtype that the docstring of the head's class states, such as int64 [B] for
+                classes of sequences.
             lengths: Number of real tokens of each sequence, for sequences that are padded on the right.
             key_mask: Bool in the shape of `tokens`, True for a real token.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             logits: Not used. It is there because heads for language modelling have this argument.
-            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+            loss_weights: Factor of each term of the loss [terms]; None means 1 each. `loss_counts` explains their use.
 
         Returns:
-            (loss, logits). The loss is a float32 scalar, or None without labels. The docstring of the head's class
-            states the shape of the logits.
+            (loss, logits). The loss is a float32 scalar, or None without labels. With `config.lm_weight` > 0 it
+            includes that times the language model's loss on the tokens. The docstring of the head's class states the
+            shape of the logits, such as [B, L] for L labels.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
@@ -94,7 +97,7 @@ class TaskHead(Head):
 
         Raises:
             ValueError: There are more or fewer weights than classes, a weight is negative or infinite, or the head has
-                no classes.
+                no classes (regression, multiple choice, question answering).
         """
         name, L = type(self).__name__, self.classifier.out_features
         if weights is None:
@@ -113,10 +116,11 @@ class TaskHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        """Return how many predictions each term of the loss is the mean of.
+        """Return how many predictions each term of the loss is the mean of, as scalar tensors.
 
-        The counts of the task's terms come first (see `_task_counts`), and if `config.lm_weight` > 0 the number of
-        next-token labels comes last. `tokens`, `lengths` and `key_mask` have the shapes that the head takes.
+        The counts of the task's terms come first, and if `config.lm_weight` > 0 the number of next-token labels comes
+        last. With class weights, the count of a classification's term is the sum of the labels' weights. `tokens`,
+        `lengths` and `key_mask` have the shapes that the head takes.
         """
         tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
         counts = self._task_counts(labels, real_tokens(tokens, lengths, key_mask))
@@ -142,37 +146,38 @@ class TaskHead(Head):
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
-        """Return True if the head reads tokens of this shape. `tokens_shape` states it in messages."""
+        """Return True if the head reads tokens of this shape: by default, if it has two dimensions, [B, T]."""
         return len(shape) == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return the logits for hidden states [N, T, C] of the tokens [N, T].
+        """Return the logits for hidden states [N, T, C] of the tokens [N, T]. Each head overrides this method.
 
         `real` is bool [N, T], True for a real token and False for padding. `shape` is the shape in which the caller
-        gave the tokens, such as [B, K, T] with N = B K.
+        gave the tokens, such as [B, K, T] with N = B K. Here it raises `NotImplementedError`.
         """
         raise NotImplementedError
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
         """Return the terms of the task's loss, as scalars, for the logits `scores` and the caller's labels.
 
-        Each term is a mean over as many predictions as `_task_counts` returns for it. `real` is bool [N, T], False at
-        padding.
+        Each head overrides this method; here it raises `NotImplementedError`. Each term is a mean over as many
+        predictions as `_task_counts` returns for it. `real` is bool [N, T], False at padding.
         """
         raise NotImplementedError
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return how many predictions each term of the task's loss is the mean of.
+        """Return how many predictions each term of the task's loss is the mean of, as scalar tensors.
 
-        By default there is one term, and each label counts 1 or, if classes are weighted, the weight of its class.
-        `real` is bool [N, T], False at padding.
+        By default there is one term, and each label counts 1. If classes are weighted and the problem is
+        "classification", a label counts as the weight of its class, and -100 as 0. `real` is bool [N, T], False at
+        padding.
         """
         if self.class_weights is None or self.config.problem != "classification":
             return [torch.tensor(len(labels), device=labels.device)]
         return [self._weight_of(labels)]
 
     def _weight_of(self, labels: Tensor) -> Tensor:
-        """Return the number of labels that are not -100 or, if classes are weighted, the sum of their weights."""
+        """Return the number of `labels` that are not -100 or, if classes are weighted, the sum of their weights."""
         counted = labels != IGNORE
         if self.class_weights is None or self._host_weights is None:
             return counted.sum()
@@ -182,7 +187,8 @@ class TaskHead(Head):
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         """Return the hidden state [N, C] that the classifier reads of each row of `hidden` [N, T, C].
 
-        `tokens` is [N, T]. `real` is bool [N, T], False at padding.
+        It is that of the last real token or, with pooling "extract", of the last extract token. `tokens` is [N, T].
+        `real` is bool [N, T], False at padding.
         """
         return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
 
@@ -190,7 +196,8 @@ class TaskHead(Head):
         """Return the position [N] of the token that the classifier reads in each row of `tokens` [N, T].
 
         It is the last real token. With pooling "extract" it is the last real token that is the extract token.
-        `candidates` is bool [N, T], True for a real token. Raise `ValueError` if a row has no such token.
+        `candidates` is bool [N, T], True for a real token. If a row has no such token, raise `ValueError`, or return
+        its last position where values are not checked, as on a GPU.
         """
         wanted = "a real token"
         if self.config.pooling == "extract":
@@ -200,20 +207,24 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
-        """Check that no row of `there` [N, T] is False everywhere, if `tokens` may be read (see `ops.values_checked`).
+        """Raise `ValueError` if a row of `there` [N, T] is False everywhere. `wanted` says what the row lacks.
+
+        Nothing is checked unless the values of `tokens` may be read: on the CPU or after `check_values`, outside of
+        graphs.
 
         Raises:
-            ValueError: A row is False everywhere. `wanted` says in the message what the row lacks.
+            ValueError: A row is False everywhere.
         """
         if ops.values_checked(tokens) and not bool(there.any(1).all()):
             row = int((~there.any(1)).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none; expected {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of the logits `scores` [B, L] by `config.problem`.
+        """Return the float32 loss of the logits `scores` [B, L] by `config.problem`, a mean.
 
-        It is the cross-entropy for "classification" with labels [B], the mean squared error for "regression" with
-        labels [B, L], or the binary cross-entropy for "multi_label" with labels [B, L].
+        It is the cross-entropy for "classification" with labels [B], weighted by class if `class_weights` are set. For
+        "regression" it is the mean squared error with labels [B, L], or [B] if L is 1. For "multi_label" it is the
+        binary cross-entropy with floating labels [B, L] and `class_weights` as the weights of ones.
 
         Raises:
             ValueError: The labels have another shape or dtype.
@@ -238,7 +249,7 @@ class TaskHead(Head):
         """Return the mean cross-entropy of logits [B, L] and labels [B], weighted by class if `class_weights` are set.
 
         Raises:
-            ValueError: Labels are not int64 [B], or not in [0, L).
+            ValueError: Labels are not int64 [B] or, where values are checked (on the CPU), not in [0, L).
         """
         B, L = scores.shape
         self._check_labels(labels, (B,))
@@ -248,10 +259,10 @@ class TaskHead(Head):
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [N, L] over the rows whose label is not -100, or 0 without any.
 
-        Labels are [N]. The mean is weighted if `class_weights` are set.
+        Labels are int64 [N]. The mean is weighted if `class_weights` are set.
 
         Raises:
-            ValueError: A label is not a class.
+            ValueError: A label is no class in [0, L), where values are checked (on the CPU).
         """
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
@@ -276,7 +287,9 @@ class TaskHead(Head):
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:
-        """Check that `classes` are in [0, L), if values may be read (see `ops.values_checked`).
+        """Raise `ValueError` unless all `classes` are in [0, L).
+
+        Nothing is checked unless values may be read: on the CPU or after `check_values`, outside of graphs.
 
         Raises:
             ValueError: A class is out of range.
@@ -333,11 +346,17 @@ class GPTForSequenceClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return logits [N, L] from the hidden state that the classifier reads in each row; see `TaskHead._scores`."""
+        """Return logits [N, L] from the hidden state that the classifier reads in each row of `hidden` [N, T, C].
+
+        `tokens` is [N, T], and `real` is bool [N, T], False at padding. `shape` is not used.
+        """
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [loss] for logits [N, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
+        """Return [loss], a mean, for logits [N, L], with the loss that `config.problem` names.
+
+        It is cross-entropy (labels [N]), squared error or binary cross-entropy (labels [N, L]). `real` is not used.
+        """
         return [self._problem_loss(scores, labels)]
 
 
@@ -384,12 +403,19 @@ class GPTForSimilarity(TaskHead):
         return len(shape) == 3 and shape[1] == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return logits [B, L] from the sum of the two hidden states, one for each order; see `TaskHead._scores`."""
+        """Return logits [B, L] from the sum of the two hidden states that are read, one for each order of the texts.
+
+        `hidden` is [2 B, T, C], `tokens` is [2 B, T], and `real` is bool [2 B, T], False at padding. `shape` is
+        [B, 2, T].
+        """
         pooled = self._pooled(hidden, tokens, real)
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [loss] for logits [B, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
+        """Return [loss], a mean, for logits [B, L], with the loss that `config.problem` names.
+
+        It is cross-entropy (labels [B]), squared error or binary cross-entropy (labels [B, L]). `real` is not used.
+        """
         return [self._problem_loss(scores, labels)]
 
 
@@ -435,11 +461,18 @@ class GPTForMultipleChoice(TaskHead):
         return len(shape) == 3
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return logits [B, K], one for each answer; see `TaskHead._scores`."""
+        """Return logits [B, K], one for each answer.
+
+        `hidden` is [B K, T, C], `tokens` is [B K, T], and `real` is bool [B K, T], False at padding. `shape` is
+        [B, K, T].
+        """
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [cross-entropy] of logits [B, K] and labels [B]; see `TaskHead._task_losses`."""
+        """Return [mean cross-entropy] of logits [B, K] and labels [B], int64, the number of the right answer.
+
+        `real` is not used. Raise `ValueError` for labels of another shape or dtype, or out of range.
+        """
         return [self._class_loss(scores, labels)]
 
 
@@ -482,17 +515,27 @@ class GPTForTokenClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return logits [B, T, L], one for each class of each token; see `TaskHead._scores`."""
+        """Return logits [B, T, L], one for each class of each token, from hidden states [B, T, C].
+
+        The other arguments are not used.
+        """
         return self.classifier(self.dropout(hidden))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [cross-entropy] of logits [B, T, L] and labels [B, T], except padding; see `TaskHead._task_losses`."""
+        """Return [mean cross-entropy] of logits [B, T, L] and labels [B, T] over real tokens whose label is not -100.
+
+        It is 0 if there are none, and weighted if classes are. `real` is bool [B, T], False at padding. Raise
+        `ValueError` for labels of another shape or dtype, or out of range.
+        """
         self._check_labels(labels, tuple(real.shape))
         labels = labels.masked_fill(~real, IGNORE)
         return [self._labelled_loss(scores.flatten(0, 1), labels.flatten())]
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [number of labels] without -100 and padding, weighted by class; see `TaskHead._task_counts`."""
+        """Return [number of labels] without -100 and padding or, if classes are weighted, [sum of their weights].
+
+        Labels are [B, T]. `real` is bool [B, T], False at padding.
+        """
         return [self._weight_of(labels.masked_fill(~real, IGNORE))]
 
 
@@ -536,15 +579,22 @@ class GPTForQuestionAnswering(TaskHead):
         super().__init__(config, 2)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return logits [B, 2, T] of the answer's start and end, -inf at padding; see `TaskHead._scores`."""
+        """Return logits [B, 2, T] of the answer's start and end, -inf at padding, from hidden states [B, T, C].
+
+        `real` is bool [B, T], False at padding. `tokens` is [B, T], and `shape` is not used. Raise `ValueError` if a
+        row has no real token, where values are checked.
+        """
         self._check_rows(tokens, real, "a real token")
         return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return half of the cross-entropy of starts and half of that of ends, for logits [B, 2, T] and labels [B, 2].
+        """Return [half of the starts' cross-entropy, half of the ends'] for logits [B, 2, T] and labels [B, 2].
+
+        Each cross-entropy is a mean over the rows whose label is not -100, or 0 without any. `real` is bool [B, T],
+        False at padding.
 
         Raises:
-            ValueError: A label is the position of padding.
+            ValueError: Labels have another shape or dtype, are out of range, or one is the position of padding.
         """
         self._check_labels(labels, (len(scores), 2))
         losses = [self._labelled_loss(scores[:, i], labels[:, i]) / 2 for i in (0, 1)]
@@ -553,7 +603,7 @@ class GPTForQuestionAnswering(TaskHead):
         return losses
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [number of labelled starts, number of labelled ends], without -100; see `TaskHead._task_counts`."""
+        """Return [number of starts, number of ends] in labels [B, 2] that are not -100. `real` is not used."""
         return [(labels[:, i] != IGNORE).sum() for i in (0, 1)]
 
 

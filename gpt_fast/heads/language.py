@@ -51,10 +51,10 @@ class LanguageModelHead(Head):
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
             logits: True computes logits [B, T, V], False does not. None computes them only without labels.
-            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+            loss_weights: Factor of each term of the loss [terms]; None means 1 each. `loss_counts` explains their use.
 
         Returns:
-            (loss, logits), each None where it is not computed.
+            (loss, logits), each None where it is not computed. The loss is a float32 scalar.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or masks contradict each
@@ -91,14 +91,18 @@ class LanguageModelHead(Head):
     def _targets(self, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """Return the label of each position's prediction [B, T]: the next token's if causal, else the position's own.
 
-        Labels of padding become -100 if causal.
+        If causal, the last position and padding, by `lengths` [B] or `key_mask` [B, T], get -100.
         """
         return shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
 
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        """Return [number of labels that count], shifted if causal and without -100 and padding; see `loss_counts`."""
+        """Return [number of labels that count], a scalar tensor for the one term of the loss.
+
+        Labels of -100 do not count. In a causal model neither do those of padding and of the first token. Raise
+        `ValueError` unless `labels` are int64 in the shape of `tokens`.
+        """
         _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
 

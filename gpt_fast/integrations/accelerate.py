@@ -134,7 +134,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _apply(patch: Patch) -> None:
-    """Set the attributes and the forward of `patch` on its module. The attributes' names are recorded for `_undo`."""
+    """Set the attributes and the forward of `patch` on its module, and mark the module as accelerated.
+
+    If the patch has no forward, the module keeps its own. The attributes' names are recorded on the module for `_undo`.
+    """
     vars(patch.module)[_ATTRIBUTES] = tuple(patch.attributes)
     for name, value in patch.attributes.items():
         vars(patch.module)[name] = value
@@ -142,7 +145,7 @@ def _apply(patch: Patch) -> None:
 
 
 def _undo(module: nn.Module) -> None:
-    """Remove the forward and the attributes that `_apply` set on `module`. A module without a patch stays as it is."""
+    """Remove the forward, attributes and mark that `_apply` set on `module`. Without a patch it stays as it is."""
     for name in vars(module).pop(_ATTRIBUTES, ()):
         vars(module).pop(name, None)
     _plain.detach(module)
@@ -151,9 +154,10 @@ def _undo(module: nn.Module) -> None:
 def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, set[nn.Module]]:
     """Return (patches, claimed) for the modules of `model` whose classes this library knows by name.
 
-    `patches` is None if there is no such module. `claimed` holds each of these modules and all modules inside it, so
-    that they are not searched for hand-written code. `report` gets an entry for each module that is replaced or left
-    alone. A `Patch` holds a module and its new forward.
+    `patches` is None if there is no such module. A module that is accelerated already, or is this library's own, adds
+    no patch. `claimed` holds each known module and all modules inside it, so that they are not searched for
+    hand-written code. `report` gets an entry for each module that is replaced or left alone, and a note if the model is
+    this library's own. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] | None = None
     claimed: set[nn.Module] = set()

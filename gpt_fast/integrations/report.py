@@ -71,8 +71,8 @@ class Report:
 
         Args:
             name: Name of the module in the model, as in `named_modules()`.
-            module: The module.
-            op: Name of the op in `gpt_fast.ops` that takes the module's computation over.
+            module: The module. Its class name goes into the entry.
+            op: Name of the op in `gpt_fast.ops` that takes the computation over. Not recorded if there is a reason.
             reason: Why the module is left alone, or None if it is replaced.
         """
         kind = type(module).__name__

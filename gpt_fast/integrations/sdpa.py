@@ -63,7 +63,7 @@ class _Handle:
         _forget_dispatch()
 
     def remove(self) -> None:
-        """Unregister the kernels, and restore PyTorch's dispatch and the cache tag of `torch.compile`."""
+        """Unregister the kernels, drop the counts, and restore PyTorch's dispatch and `torch.compile`'s cache tag."""
         _ACTIVE.clear()
         self.library._destroy()
         compiler_config.cache_key_tag = compiler_config.cache_key_tag.replace(_CACHE_TAG, "")
@@ -140,6 +140,8 @@ def activate() -> None:
 def restore() -> None:
     """Give `scaled_dot_product_attention` back to PyTorch. There is no effect unless `activate` is in effect.
 
+    The counts of `report` are dropped.
+
     Example:
         ```python
         from gpt_fast.integrations import sdpa
@@ -179,7 +181,7 @@ def report() -> Calls:
 
 
 def _activate() -> _Handle:
-    """Register the kernels and start new counts. Return the handle by which PyTorch's registry removes the kernels."""
+    """Register the kernels in the whole process and start new counts. Return the handle whose `remove` undoes both."""
     handle = _Handle()
     _ACTIVE.append((handle, Calls()))
     return handle
@@ -198,8 +200,9 @@ def _kernel(
 ) -> Any:
     """Return scaled dot-product attention, by `ops.attention` where it supports the call, else by PyTorch's own code.
 
-    The call is counted in the active `Calls`. The parameters are those of
-    `torch.nn.functional.scaled_dot_product_attention`.
+    The parameters are those of
+    `torch.nn.functional.scaled_dot_product_attention`. The call is counted in the active `Calls`: as served, or under
+    the reason why PyTorch's code runs.
     """
     counts = _ACTIVE[0][1]
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -218,8 +221,11 @@ def _why_not(
 ) -> str | None:  # fmt: skip
     """Return why the kernel does not support a call, or None if it does. A call with a reason goes to PyTorch.
 
-    The parameters are those of `scaled_dot_product_attention`: q is the query, k the key, v the value. PyTorch raises
-    the errors of invalid calls.
+    The parameters are those of `scaled_dot_product_attention`: q is the query, k the key, v the value. The kernel takes
+    [B, H, T, D] of one device and dtype (float32, bfloat16, float16), with as many heads of keys as of queries, and D
+    from 1 to 256. It takes `is_causal` only without a mask and with as many keys as queries. It does not run inside
+    transforms of `torch.func`, in forward mode, or while flash attention is switched off. PyTorch raises the errors of
+    invalid calls.
     """
     if _transforms.is_transformed():
         return "inside torch.func's transforms"  # which have been through their own dispatch here
@@ -251,8 +257,9 @@ def _why_not(
 def _why_not_mask(q: Tensor, k: Tensor, mask: Tensor) -> str | None:
     """Return why the kernel does not support `mask` with query `q` and key `k`, or None if it does.
 
-    The kernel takes bool masks that broadcast to [B, H, T, S]. A float mask is added to the scores. It equals a bool
-    mask if it holds 0 and -inf alone, which only its values tell.
+    The kernel takes bool masks of 2 to 4 dimensions that broadcast to [B, H, T, S]. A float mask, which is added to the
+    scores, counts as a bool mask if it holds 0 and -inf alone. This is read from its values, so it has to be on the
+    CPU, outside of a graph, and without a gradient. Its dtype has to be float32 or that of `q`.
     """
     whole = (*q.shape[:3], k.shape[2])  # [B, H, T, S]
     if not 2 <= mask.dim() <= 4 or any(

@@ -46,8 +46,9 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     """Return [patch] for a block to replace, [] for a block that is left alone, or None if `module` is no known block.
 
     Known blocks are `nn.TransformerEncoderLayer` and any module with the submodules of `reference.TransformerDecoder`.
-    `name` is the path of `module` in the model. `report` gets an entry for each submodule, replaced or left alone, or
-    one entry for the whole block if that is left alone. A `Patch` holds a module and its new forward.
+    A block of the second kind is run on a small input, to compare its outputs. `name` is the path of `module` in the
+    model. `report` gets an entry for each submodule, replaced or left alone, or one entry for the whole block if that
+    is left alone. A `Patch` holds a module and its new forward. The module itself is not changed.
     """
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
@@ -94,8 +95,9 @@ def encoder_layer_forward(
 ) -> Tensor:
     """Run an `nn.TransformerEncoderLayer` on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
 
-    The arguments are those of the layer's own forward. That forward runs instead, with a warning, if the ops do not
-    support the call.
+    The arguments are those of the layer's own forward. The masks exclude where they are True or -inf. `src_mask` is
+    [T, T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be the
+    causal mask and not read. The layer's own forward runs instead, with a warning, if the ops do not support the call.
     """
     parts = _encoder_parts(self)
     masks, reason = None, _why_not_this(src, parts)
@@ -114,8 +116,9 @@ def encoder_layer_forward(
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Run a block like `reference.TransformerDecoder` on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
 
-    `mask` is bool [T, T], True where a token may not attend. The block's own forward runs instead, with a warning, if
-    the ops do not support the call.
+    `mask` is [T, T]: bool, True where a token may not attend, or float, -inf there and 0 elsewhere. Without a mask
+    every token attends to all. The block's own forward runs instead, with a warning, if the ops do not support the
+    call.
     """
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)
@@ -185,12 +188,14 @@ def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
 def _masks(
     x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
 ) -> tuple[dict | None, str | None]:
-    """Return (masks, None), or (None, reason) if a float mask cannot be translated to bool (see `_allowed`).
+    """Return (masks, None), or (None, reason) if a float mask cannot be translated to bool.
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C]. The two
-    tensors are True where a token may attend. The arguments `mask` and `padding` are `src_mask` and
-    `src_key_padding_mask` of `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. If `is_causal`,
-    `mask` is known to be the causal one and is not read. `heads` is the number of heads.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C]. Its
+    tensors are True where a token may attend. The arguments `mask` and `padding`, or None, are `src_mask` and
+    `src_key_padding_mask` of `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. A float mask
+    cannot be translated if it has other values than 0 and -inf, or if reading it would wait for a GPU or break a graph.
+    If `is_causal`, `mask` is known to be the causal one and is not read. A causal mask that is found by its values
+    becomes `causal=True`, too. `heads` is the number of heads.
     """
     B, T, _ = x.shape
     allowed = key_mask = None
@@ -213,8 +218,9 @@ def _masks(
 def _allowed(mask: Tensor) -> Tensor | None:
     """Return `mask` as a bool mask that is True where attention is allowed, or None if it cannot be translated.
 
-    A bool mask excludes where it is True, a float mask where it is -inf. A float mask cannot be translated if it holds
-    values other than 0 and -inf, or if reading its values would wait for a GPU or break a graph or a `vmap`.
+    A bool mask excludes where it is True, a float mask where it is -inf. A float mask cannot be translated if it has
+    other values than 0 and -inf. Neither can one on a GPU, in a graph or in a `vmap`, because its values are not read
+    there.
     """
     if mask.dtype == torch.bool:
         return ~mask
@@ -227,7 +233,10 @@ def _allowed(mask: Tensor) -> Tensor | None:
 
 
 def _encoder_parts(layer: Any) -> Parts:
-    """Return the submodules of an `nn.TransformerEncoderLayer` by their roles; see `Parts`."""
+    """Return the submodules of an `nn.TransformerEncoderLayer` by their roles.
+
+    The fields of `Parts` are attn, norm1, norm2, dropout1, dropout2, fc, activation, ff_dropout, proj and pre_norm.
+    """
     return Parts(
         layer.self_attn, layer.norm1, layer.norm2, layer.dropout1, layer.dropout2, layer.linear1, layer.activation,
         layer.dropout, layer.linear2, layer.norm_first,
@@ -235,7 +244,11 @@ def _encoder_parts(layer: Any) -> Parts:
 
 
 def _notes_parts(block: Any) -> Parts:
-    """Return the submodules of a block like `reference.TransformerDecoder` by their roles; see `Parts`."""
+    """Return the submodules of a block like `reference.TransformerDecoder` by their roles, with `pre_norm` False.
+
+    The fields of `Parts` are attn, norm1, norm2, dropout1, dropout2, fc, activation, ff_dropout, proj and pre_norm. The
+    four modules of `block.ff` are fc, activation, ff_dropout and proj, in this order.
+    """
     fc, activation, dropout, proj = block.ff
     return Parts(
         block.multihead_attn, block.layer_norm1, block.layer_norm2, block.dropout1, block.dropout2, fc, activation,
@@ -244,7 +257,10 @@ def _notes_parts(block: Any) -> Parts:
 
 
 def _is_notes_block(module: Any) -> bool:
-    """Return True if `module` has the submodules of `reference.TransformerDecoder`, with four modules in `ff`."""
+    """Return True if `module` has the submodules of `reference.TransformerDecoder`.
+
+    They are multihead_attn, layer_norm1, layer_norm2, dropout1, dropout2 and ff, an `nn.Sequential` of four modules.
+    """
     names = (*_NOTES, "dropout1", "dropout2")
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
         return False
@@ -254,8 +270,9 @@ def _is_notes_block(module: Any) -> bool:
 def _why_another_function(block: Any) -> str | None:
     """Return why `block` computes something else than `notes_block_forward`, or None if their outputs agree to 1e-2.
 
-    Both run on one small input. The result is a reason, too, if the block's own forward raises on this input. The
-    modules run in evaluation mode and get their train flags back.
+    Both run without gradients on one small input with a causal mask, True where a token may not attend. The result is a
+    reason, too, if the block's own forward raises on this input. The modules run in evaluation mode and get their train
+    flags back.
     """
     attn = block.multihead_attn
     weight = attn.in_proj_weight
@@ -281,8 +298,8 @@ def _why_another_function(block: Any) -> str | None:
 def _why_not(parts: Parts) -> str | None:
     """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can.
 
-    Reasons are a module that is no plain `nn.MultiheadAttention`, batch_first=False, keys or values of another width,
-    extra keys, and heads wider than `MAX_HEAD_DIM`.
+    Reasons are a module that is no plain `nn.MultiheadAttention` (another class, hooks or a forward of its own),
+    batch_first=False, keys or values of another width, extra keys, and heads wider than 256.
     """
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
@@ -300,7 +317,8 @@ def _why_not(parts: Parts) -> str | None:
 def _why_not_this(x: Tensor, parts: Parts) -> str | None:
     """Return why `gpt_fast.ops` cannot run a block with the submodules `parts` on `x`, or None if they can.
 
-    `x` has to be a tensor of three dimensions that is not nested. `_why_not` checks the attention.
+    Reasons are a nested `x`, an `x` without three dimensions, and an attention module that the ops cannot read, for
+    example one with hooks or batch_first=False.
     """
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
@@ -308,7 +326,10 @@ def _why_not_this(x: Tensor, parts: Parts) -> str | None:
 
 
 def _why_no_projection(attn: Any) -> str | None:
-    """Return why attention's output projection has to be called as a module, or None if an op may read its weights."""
+    """Return why the output projection of the module `attn` has to be called, or None if an op may read its weights.
+
+    Reasons are a class other than PyTorch's, hooks, and a forward or a weight class of its own.
+    """
     reason = _plain.why_not_plain(attn.out_proj, NonDynamicallyQuantizableLinear)
     return None if reason is None else f"{reason}: called through it"
 
@@ -316,7 +337,8 @@ def _why_no_projection(attn: Any) -> str | None:
 def _why_no_mlp(parts: Parts) -> str | None:
     """Return why the modules of the MLP have to be called one by one, or None if `ops.mlp` can compute them at once.
 
-    `parts` holds the submodules of the block.
+    `parts` holds the submodules of the block. Reasons are a module that is not plain (another class, hooks, a forward
+    of its own), a hidden dropout of 1 and an activation that the ops do not have.
     """
     for module, kind in ((parts.fc, nn.Linear), (parts.ff_dropout, nn.Dropout), (parts.proj, nn.Linear)):
         reason = _plain.why_not_plain(module, kind)
@@ -328,10 +350,10 @@ def _why_no_mlp(parts: Parts) -> str | None:
 
 
 def _activation(function: Any) -> str | None:
-    """Return this library's name of the activation that `function` computes, such as "gelu", or None.
+    """Return this library's name of the activation that `function` computes, such as "gelu", or None if it has none.
 
-    `function` is a function of PyTorch, or a module. The result is None for a module that has hooks or a forward of its
-    own.
+    `function` is a function of PyTorch, or a module. The result is None, too, for a module that has hooks or a forward
+    of its own.
     """
     for name, activation in _activations.ACTIVATIONS.items():
         if activation.is_computed_by(function):

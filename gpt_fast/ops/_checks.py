@@ -16,7 +16,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def described(value: object) -> str:
-    """Return dtype and shape of a tensor, or the type of anything else, as text for messages."""
+    """Return text for a message: "float32 [2, 3]" for a tensor, "None" for None, else "of type " and the class."""
     if isinstance(value, Tensor):
         return f"{short(value.dtype)} {list(value.shape)}"
     return "None" if value is None else f"of type {type(value).__name__}"
@@ -39,8 +39,7 @@ def optional_tensors(op: str, **arguments: Any) -> None:
 def is_number(value: Any) -> bool:
     """Return True for a real number: Python's, NumPy's, or a symbolic one in a graph. Return False for a bool.
 
-    While PyTorch traces, a size that is computed from a shape is a tensor of no dimension, which counts as a number
-    too.
+    A tensor counts only if it has no dimension and `torch.jit.trace` is recording, where computed sizes are tensors.
     """
     if isinstance(value, Tensor):
         return torch.jit.is_tracing() and value.dim() == 0  # what follows from a shape is a tensor in a trace
@@ -48,7 +47,10 @@ def is_number(value: Any) -> bool:
 
 
 def integer(op: str, **arguments: Any) -> None:
-    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is an integer."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is an integer and no bool.
+
+    Python's, NumPy's and symbolic integers count. While `torch.jit.trace` records, every tensor passes.
+    """
     for name, value in arguments.items():
         if isinstance(value, Tensor) and torch.jit.is_tracing():
             continue  # what follows from a shape
@@ -57,14 +59,17 @@ def integer(op: str, **arguments: Any) -> None:
 
 
 def boolean_option(op: str, **arguments: Any) -> None:
-    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is True or False."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is Python's True or False."""
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise ValueError(f"gpt_fast.{op}: {name} is {value!r}; expected True or False")
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
-    """Return True if all tensors that are not None are floating, of one dtype and on one device. This takes 1 µs."""
+    """Return True if `first` is floating and all of `others` that are not None have its dtype and device.
+
+    Floating means float32, bfloat16, float16 or float64. The check takes 1 µs.
+    """
     dtype, device = first.dtype, first.device
     if dtype not in FLOAT_DTYPES:
         return False
@@ -77,7 +82,8 @@ def alike(first: Tensor, *others: Tensor | None) -> bool:
 def floating_alike(op: str, **tensors: Tensor | None) -> None:
     """Raise `ValueError` unless all tensors that are not None are floating, of one dtype and on one device.
 
-    The first tensor may not be None. `op` is the op's name, for the message.
+    Floating means float32, bfloat16, float16 or float64. The first tensor may not be None. `op` is the op's name, for
+    the message.
     """
     if not alike(*tensors.values()):  # type: ignore[arg-type]
         floating(op, **tensors)
@@ -86,7 +92,10 @@ def floating_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Raise `ValueError` unless each tensor is None or has dtype float32, bfloat16, float16 or float64."""
+    """Raise `ValueError` unless each tensor is None or has dtype float32, bfloat16, float16 or float64.
+
+    The message names `op` and the tensor by its keyword.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             expected = ", ".join(short(dtype) for dtype in FLOAT_DTYPES)
@@ -108,7 +117,10 @@ def boolean(op: str, **tensors: Tensor | None) -> None:
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise `ValueError`, which names `op`, unless all tensors that are not None have the dtype of the first one."""
+    """Raise `ValueError`, which names `op`, unless all tensors that are not None have one dtype.
+
+    The message also names the first tensor with another dtype than the first one that is not None.
+    """
     given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
     for name, dtype in given[1:]:
         first, expected = given[0]
@@ -119,7 +131,7 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise `ValueError`, which names `op`, unless all tensors that are not None are on one device."""
+    """Raise `ValueError`, which names `op` and the devices, unless all tensors that are not None are on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     # On one device as a rule, and then a comparison of flags tells: devices themselves are slow to make and to hash.
     if all(tensor.is_cpu for tensor in given.values()):
@@ -130,19 +142,25 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
-    """Raise `ValueError` unless `tensor` is None or has the shape `wanted`. `why` says where these sizes come from."""
+    """Raise `ValueError` unless `tensor` is None or has the shape `wanted`. `why` says where these sizes come from.
+
+    `op` is the op's name and `name` the argument's. Both and `why` stand in the message.
+    """
     if tensor is not None and tuple(tensor.shape) != tuple(wanted):
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {list(wanted)}: {why}")
 
 
 def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
-    """Raise `ValueError` unless `tensor` has as many dimensions as `wanted`, names of sizes like "[B, H, T, D]"."""
+    """Raise `ValueError` unless `tensor` has as many dimensions as `wanted`, names of sizes like "[B, H, T, D]".
+
+    The sizes themselves are not checked. `op` is the op's name and `name` the argument's, for the message.
+    """
     if tensor.dim() != wanted.count(",") + 1:
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {wanted}")
 
 
 def probability(op: str, name: str, p: float) -> None:
-    """Raise `ValueError` unless `p`, the argument called `name` of `op`, is a number in [0, 1)."""
+    """Raise `ValueError` unless `p`, the argument called `name` of `op`, is a real number in [0, 1)."""
     if not is_number(p) or not 0.0 <= p < 1.0:
         raise ValueError(f"gpt_fast.{op}: {name} is {p!r}; expected a probability in [0, 1)")
 
@@ -163,7 +181,11 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Raise `ValueError` unless each value of `tensor`, called `name`, is in [lower, upper) or equals `besides`."""
+    """Raise `ValueError` unless each value of `tensor` is in [lower, upper) or equals `besides`.
+
+    The message names `op`, the argument `name` and the first wrong value. An empty tensor passes. Reading the values of
+    a GPU's tensor waits for the device.
+    """
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:
         wrong = wrong & (tensor != besides)

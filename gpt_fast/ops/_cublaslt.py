@@ -10,11 +10,12 @@ ALIGNMENT = 8  # each size of each matrix is a multiple of it
 
 
 def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...]) -> bool:
-    """Return True if cuBLASLt can compute the call and a measurement has found it faster than what serves without it.
+    """Return True if cuBLASLt can compute the call and, by measurements, is faster at this width than other kernels.
 
-    It can if `operator`, an operator's name without "gpt_fast::", was built, x is bfloat16 or float16 and has elements,
-    and all `sizes` are positive multiples of 8. `sizes` are those of the matrices, the width of x first. What was
-    measured stands in the rows of kernels/launch_configs.py for the kernel `kernel` of `op`.
+    It can if the operator `gpt_fast::<operator>` was built for CUDA, x is bfloat16 or float16 and has elements, and
+    each of `sizes` is a positive multiple of 8. `sizes` holds the sizes of the matrices; `sizes[0]` is the width of x.
+    The rows of kernels/launch_configs.py for the kernel `kernel` of `op` hold the measurements. The row with the
+    smallest limit of at least `sizes[0]` decides.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -28,10 +29,11 @@ def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...
 
 @_transforms.constant_in_graphs
 def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """Return (largest width of x, True if cuBLASLt serves) for each range of widths, ascending.
+    """Return (largest width of x, True if cuBLASLt is faster there) for each range of widths, ascending by width.
 
-    The rows of launch_configs.py for `kernel` of `op` and the device's architecture decide. The result is empty if
-    `operator`, an operator's name without "gpt_fast::", was not built.
+    The rows of kernels/launch_configs.py for the kernel `kernel` of `op`, two-byte elements and the architecture of
+    CUDA device `device_index` decide. The result is empty if `operator`, an operator's name without "gpt_fast::", was
+    not built.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
         return ()

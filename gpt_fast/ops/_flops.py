@@ -23,7 +23,7 @@ FORMULAS: dict[str, Callable[..., int]] = {}
 
 
 def register(name: str, formula: Callable[..., int]) -> None:
-    """Count the FLOPs of `gpt_fast::<name>` by `formula`.
+    """Store `formula` as the FLOP formula of `gpt_fast::<name>`, for `install` to register with PyTorch's counter.
 
     `formula` gets the operator's arguments, with shapes in place of tensors, and returns a number of FLOPs.
     """
@@ -31,12 +31,18 @@ def register(name: str, formula: Callable[..., int]) -> None:
 
 
 def product(x: Sequence[int], weight: Sequence[int]) -> int:
-    """Return the FLOPs of x weightᵀ, for shapes x [..., C] and weight [N, C]. Each of its gradients costs the same."""
+    """Return 2 M N C, the FLOPs of x weightᵀ, for shapes x [..., C] with M rows and weight [N, C].
+
+    Each of its two gradients costs the same.
+    """
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 def install() -> None:
-    """Register all formulas with PyTorch's FLOP counter: now if its module is imported, else once it is imported."""
+    """Register all stored formulas with PyTorch's FLOP counter, at once if `torch.utils.flop_counter` is imported.
+
+    If it is not, put a finder in front of `sys.meta_path`, which registers the formulas when the module is imported.
+    """
     if _COUNTER in sys.modules:
         _hand_over(sys.modules[_COUNTER])
     else:
@@ -44,7 +50,7 @@ def install() -> None:
 
 
 def _hand_over(counter: types.ModuleType) -> None:
-    """Register all formulas with `counter`, the module `torch.utils.flop_counter`."""
+    """Register the formula of each operator in `FORMULAS` with `counter`, the module `torch.utils.flop_counter`."""
     for name, formula in FORMULAS.items():
         counter.register_flop_formula(getattr(torch.ops.gpt_fast, name))(formula)
 
@@ -55,7 +61,11 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return None, except for the FLOP counter's module: a spec with a loader that registers the formulas."""
+        """Return None for every module but PyTorch's FLOP counter, `torch.utils.flop_counter`.
+
+        For the counter, remove this finder from `sys.meta_path` and return the module's usual spec. Its loader is
+        wrapped, so that it registers the formulas after the module has run. `path` and `target` are not used.
+        """
         if fullname != _COUNTER:
             return None
         sys.meta_path.remove(self)
@@ -75,7 +85,10 @@ class _Loader(importlib.abc.Loader):
         return self.own.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Execute the module of the FLOP counter by its own loader, then register the formulas with it."""
+        """Execute the module of the FLOP counter by its own loader, then register the formulas with it.
+
+        The own loader takes this loader's place in `module.__loader__` and in the module's spec.
+        """
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.own  # for `inspect` and whoever else asks
         self.own.exec_module(module)

@@ -41,6 +41,7 @@ def use_reference() -> Iterator[None]:
     """Run every op inside the block by its pure-PyTorch definition in `gpt_fast.reference`.
 
     The block computes without any kernel of this library, on every device, with the same parameters and dropout masks.
+    The end of the block, by an exception too, restores the setting from before it.
 
     Yields:
         None.
@@ -71,12 +72,13 @@ def use_reference() -> Iterator[None]:
 
 
 def check_values(enabled: bool = True) -> None:
-    """Check values inside tensors (token ids, targets, lengths, `cu_seqlens`) on every device, not on the CPU alone.
+    """Set whether ops check values inside tensors on every device, or on the CPU alone. The setting is the process's.
 
-    A value out of range then raises `ValueError`, which names the op and the value.
+    The values are token ids, targets, lengths and `cu_seqlens`. A value out of range raises `ValueError`, which names
+    the op and the value.
 
     Args:
-        enabled: True checks on every device. False checks on the CPU alone, which is the default.
+        enabled: True checks on every device. False checks on the CPU alone, which is the setting at import.
 
     Example:
         ```python
@@ -132,10 +134,13 @@ def define_backward(op: str, signature: str) -> None:
 
 
 def refuse_decomposition(op: str, direction: str, expected: str) -> None:
-    """Make `gpt_fast::<op>_<direction>` raise `NotImplementedError` when decomposed. `expected` ends the message."""
+    """Register a decomposition of `gpt_fast::<op>_<direction>` that raises `NotImplementedError` when PyTorch calls it.
+
+    `direction` is "forward" or "backward". `expected` ends the message and says what to export instead.
+    """
 
     def refuse(*args):
-        """Raise `NotImplementedError`, whatever the operator's arguments are."""
+        """Raise `NotImplementedError` for the operator that the enclosing call names, whatever its arguments are."""
         raise NotImplementedError(
             f"gpt_fast.{op}: the exported program has gpt_fast::{op}_{direction}, which has no decomposition; "
             f"expected {expected}"
@@ -147,8 +152,9 @@ def refuse_decomposition(op: str, direction: str, expected: str) -> None:
 def register_decomposition(op: str, function: Callable) -> None:
     """Make `function`, written in PyTorch's own operators, the decomposition of `gpt_fast::<op>_forward`.
 
-    `function` takes the operator's arguments and returns its results. Results that only backward reads may be empty: an
-    exported program of a forward pass has no use for them, and operators of backward refuse to be decomposed.
+    The table that `decompositions` returns then has it. `function` takes the operator's arguments and returns its
+    results. Results that only backward reads may be empty: an exported program of a forward pass has no use for them,
+    and operators of backward refuse to be decomposed.
     """
     _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_forward").default] = function
 
@@ -161,8 +167,8 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
     `torch.onnx.export` takes it.
 
     Returns:
-        Operators with their replacements. A replacement raises `NotImplementedError` for an operator of a backward
-        pass, and for `decode_attention_append`, which writes a cache.
+        New dictionary from operators to the functions that replace them. A function raises `NotImplementedError` if its
+        operator is a backward pass or `decode_attention_append`, which writes a cache.
 
     Example:
         ```python
@@ -179,15 +185,13 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
 
 
 def backward(op: str, *args):
-    """Call `gpt_fast::<op>_backward` on `args`, so that differentiating its results raises `NotImplementedError`.
+    """Return the results of `gpt_fast::<op>_backward` on `args`; differentiating them raises `NotImplementedError`.
 
-    An autograd kernel of the operator would do so too, but costs 20 µs of Python in every backward pass.
-
-    Returns:
-        The operator's results.
+    This error is arranged only outside of compiled graphs and while autograd records. An autograd kernel of the
+    operator would raise it too, but costs 20 µs of Python in every backward pass.
 
     Raises:
-        NotImplementedError: The upstream gradient is a dual tensor.
+        NotImplementedError: One of `args`, such as the upstream gradient, is a dual tensor of forward mode.
     """
     if _transforms.is_forward_mode() and any(isinstance(arg, Tensor) and _transforms.has_tangent(arg) for arg in args):
         raise NotImplementedError(
@@ -212,7 +216,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 @functools.cache
 def triton_kernel(op: str) -> types.ModuleType:
-    """Return the module kernels/<op>.py, which is imported when a kernel is first launched.
+    """Import the module `gpt_fast.kernels.<op>` and return it; later calls return the same module.
 
     The result is cached, because looking for Triton takes 10 µs. An error is not cached.
 
@@ -225,15 +229,19 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 
 def register_triton(name: str, launcher: Callable) -> None:
-    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on the CPU in Triton's interpreter.
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and under TRITON_INTERPRET=1 on the CPU too.
 
-    `launcher` gets the operator's arguments, and the device of the first tensor among them is the current device then.
-    Where Triton finds no C compiler or fails to compile its launcher, a `RuntimeError` names the op and what is
-    missing.
+    `launcher` gets the operator's arguments and returns its results. While it runs, the device of the first tensor
+    among the arguments is the current CUDA device. Where Triton finds no C compiler or fails to compile its launcher, a
+    `RuntimeError` names the op and what is missing. Other errors pass unchanged.
     """
 
     def on_own_device(*args):
-        """Call `launcher` with the device of the first tensor in `args` as the current device."""
+        """Return `launcher(*args)`, with the device of the first tensor in `args` as the current CUDA device.
+
+        `launcher` and `name` are those of the enclosing call. Raise `RuntimeError` if Triton could not compile its C
+        launcher.
+        """
         with device_guard(_device_index(args)):
             try:
                 return launcher(*args)
@@ -248,7 +256,11 @@ def register_triton(name: str, launcher: Callable) -> None:
 
 
 def _why_not_built(error: Exception) -> str | None:
-    """Return why Triton could not build its launcher, which is written in C, or None for any other error."""
+    """Return, as text, what kept Triton from building its launcher, which is written in C, or None for another error.
+
+    Every `CalledProcessError` is taken for a failed compilation. "Failed to find C compiler" in the message of an error
+    means that there is no compiler.
+    """
     if isinstance(error, subprocess.CalledProcessError):
         return (
             f"Triton's launcher was not compiled, {error.cmd[0]} ended with {error.returncode}; "
@@ -263,10 +275,10 @@ def _why_not_built(error: Exception) -> str | None:
 
 
 def device_guard(index: int) -> contextlib.AbstractContextManager:
-    """Return a context in which CUDA device `index` is the current device. It is an empty one for -1, a CPU's index.
+    """Return a context in which CUDA device `index` is the current device. It does nothing for -1, a CPU's index.
 
     Triton, streams and CUDA graphs use the current device, whatever device the tensors are on. Entering
-    `torch.cuda.device` costs microseconds, so the context is an empty one if the device is the current one already.
+    `torch.cuda.device` costs microseconds, so the context does nothing if the device is the current one already.
     """
     if index < 0 or index == torch.cuda.current_device():
         return _NO_CONTEXT
@@ -277,7 +289,10 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 
 def _device_index(args: Iterable) -> int:
-    """Return `get_device()` of the first tensor among `args` and the lists in them, or -1 if there is none."""
+    """Return the CUDA index of the first tensor among `args`, or -1 if it is on the CPU or if there is no tensor.
+
+    In lists and tuples among `args`, which are searched too, tensors on the CPU are skipped.
+    """
     for arg in args:
         if isinstance(arg, Tensor):
             return arg.get_device()
@@ -288,14 +303,15 @@ def _device_index(args: Iterable) -> int:
 
 @_transforms.constant_in_graphs
 def serving(op: str, device_type: str) -> str:
-    """Return which implementation runs an op on a device type now, as PyTorch's dispatcher has it.
+    """Return which implementation PyTorch's dispatcher has for an op on a device type.
 
     Args:
         op: Name of an op, such as "mlp".
         device_type: Device type that PyTorch knows, such as "cuda".
 
     Returns:
-        "triton", "cpp" or "reference".
+        "triton", "cpp" or "reference". A single call may run the reference all the same: for float64, under
+        `use_reference` and in forward mode, for example.
 
     Raises:
         ValueError: This library has no such op, or PyTorch does not know the device type.
@@ -331,7 +347,7 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """Return (threshold, scale) of dropout with this probability.
+    """Return (threshold, scale), an int and a float, of dropout with this probability.
 
     Dropout sets an element to 0 if its 16 random bits are below `threshold`, and multiplies it by `scale` otherwise.
     """
@@ -343,7 +359,7 @@ _WARNED: set[tuple[str, str]] = set()
 
 @_transforms.constant_in_graphs
 def _warn_once(op: str, where: str, advice: str) -> None:
-    """Warn that no kernel serves `op` in a case, once for each pair of `op` and `where`.
+    """Issue a warning that no kernel serves `op` in a case, once in the process for each pair of `op` and `where`.
 
     `where` describes the case in words, such as "on mps" or "in forward mode", and `advice` ends the message.
     """
@@ -357,9 +373,9 @@ def _warn_once(op: str, where: str, advice: str) -> None:
 def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel serves a call of `op` on x and `others`, and False if the reference does.
 
-    The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, under
-    `use_reference`, in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func` that kernels
-    cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
+    The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, and under
+    `use_reference`. It also does so in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func`
+    that kernels cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
     """
     return allows_kernels(x, *others) and serving(op, x.device.type) != "reference"
 
@@ -376,7 +392,7 @@ def allows_kernels(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _is_exporting_to_onnx() -> bool:
-    """Return True inside `torch.onnx.export`, which knows PyTorch's own operators only."""
+    """Return True while `torch.onnx.export` records a graph. ONNX knows PyTorch's own operators only."""
     return _transforms.is_recording() and _is_in_onnx_export()
 
 
@@ -395,10 +411,12 @@ def _any_float64(*tensors: Tensor | None) -> bool:
 
 
 def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    """Return True if a kernel certainly serves the call: eager, all tensors of one kernel dtype and on one device.
+    """Return True if a cheap check already shows that a kernel serves the call.
 
-    `others` are further tensors of the call, or None. False means only that the full checks (`has_kernel` and the
-    checks of the arguments) have to decide. They cost 2 µs more, which shows in a norm of a few rows.
+    The call has to be eager, and outside of `use_reference`, forward mode and transforms. x and `others` (or None) have
+    to be tensors of one dtype, float32, bfloat16 or float16, and on one device. `serving` must have found a kernel for
+    `op` on that device type before. False means only that the full checks (`has_kernel` and the checks of the
+    arguments) have to decide. They cost 2 µs more, which shows in a norm of a few rows.
     """
     if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False
@@ -416,15 +434,15 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
-    """Return True if a C++ kernel serves `op` for x. It then checks the values inside its tensors itself."""
+    """Return True if x is on the CPU and a C++ kernel serves `op` for it, which checks the values in its tensors."""
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
 def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if the pure-PyTorch reference serves a call of `op` on x and `others`, and False if a kernel does.
 
-    Warn once for each op and reason, unless the caller chose the reference, float64 or `torch.onnx.export`. `others`
-    are the floating arguments whose dtype may differ from that of x.
+    If the reference does, warn once for each op and reason, unless the reason is `use_reference`, a float64 tensor or
+    `torch.onnx.export`. `others` are the floating arguments, or None, whose dtype may differ from that of x.
     """
     if has_kernel(op, x, *others):
         return False
@@ -442,7 +460,8 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
     """Return `function(*args, **kwargs)` for a definition in `gpt_fast.reference`, called with autocast off.
 
-    The definitions choose their own dtypes. `device_type` is the device type of the inputs.
+    The definitions choose their own dtypes. `device_type` is the device type of the inputs. PyTorch's profiler shows
+    the call as "gpt_fast::<function> (reference)". On "meta" neither is done, as PyTorch has no autocast for it.
     """
     if device_type == "meta":  # PyTorch has no autocast for it
         return function(*args, **kwargs)
@@ -451,7 +470,7 @@ def by_reference(function: Callable, device_type: str, *args, **kwargs):
 
 
 def profiled(name: str) -> contextlib.AbstractContextManager:
-    """Return a context that PyTorch's profiler shows as `name`. It is empty without a profiler, and in a graph.
+    """Return a context that PyTorch's profiler shows as `name`; without a profiler or in a graph it does nothing.
 
     Operators do not need it: the dispatcher gives the profiler their names.
     """
@@ -464,8 +483,8 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     """Cast tensors to the autocast dtype if autocast is on for x's device, as `F.linear` does.
 
     Returns:
-        x and `tensors`, in this order; None stays None. Tensors of dtypes that kernels do not have (integers, float64)
-        stay as they are, so that the checks refuse them.
+        Tuple of x and `tensors`, in this order; None stays None. Without autocast the tensors are returned as they are.
+        Tensors of dtypes that kernels do not have (integers, float64) stay as they are, so that the checks refuse them.
     """
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -491,10 +510,11 @@ def rounds_weights(op: str, x: Tensor, *weights: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype to which autocast would cast a tensor of `dtype` for a matrix product on x's device, or None.
+    """Return the dtype to which a norm may round its float32 result if only a matrix product reads it, or None.
 
-    A norm whose only reader is a product may round its result to this dtype at once. The bits are the same only for a
-    float32 result, which the norm does not round before, so for any other `dtype` the result is None.
+    It is the dtype to which autocast would cast the result for the product on x's device. The bits are then the same.
+    `dtype` is the dtype of the norm's result. None means to keep that dtype: it is not float32, autocast is off, or its
+    dtype is not bfloat16 or float16.
     """
     device_type = x.device.type
     if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -546,7 +566,7 @@ def _signed(value: int) -> int:
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the seed that an op uses: None without dropout, the caller's `seed`, or a new one if that is None."""
+    """Return an op's seed: None if `dropout_p` is 0, else the caller's `seed`, or a new one if that is None."""
     if dropout_p == 0:
         return None
     return new_seed(device) if seed is None else seed

@@ -50,10 +50,11 @@ def add_layer_norm(
         site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
 
     Returns:
-        (normed, summed), both [..., C] in the wider dtype of x and residual.
+        (normed, summed), both [..., C] in the wider dtype of x and residual (float32 for bfloat16 with float16).
 
     Raises:
-        ValueError: `layer_norm` would raise it, x and residual have unlike shapes, or `dropout_p` lies outside [0, 1).
+        ValueError: A dtype or shape differs from the list above, the devices differ, a bias comes without weight, `eps`
+            is not a positive number, or `dropout_p` lies outside [0, 1).
         NotImplementedError: A gradient is differentiated again.
 
     Example:
@@ -69,6 +70,7 @@ def add_layer_norm(
     Note:
         Precision: statistics and sums are float32. `summed` is rounded once, and `normed` is the norm of the rounded
         sum, so that backward needs nothing else. The reference serves a call with any float64 argument.
+        `_normed_dtype`, which only this library's blocks pass, replaces the dtype of `normed`.
 
         Dropout: whether an element is kept depends on `seed`, `site`, its row in x viewed as [M, C], and its column.
         `dropout_keep_rows` in `gpt_fast/reference.py` has the rule.
@@ -141,7 +143,7 @@ class _AddLayerNorm(torch.autograd.Function):
 def _has_own_dx(x_dtype: torch.dtype, residual_dtype: torch.dtype, dropout_p: float) -> bool:
     """Return True if the gradient of x may differ from that of the residual: with dropout, or if their dtypes differ.
 
-    The backward operator then returns dx as a tensor of its own, and otherwise an empty one.
+    If so, the backward operator returns dx as a tensor of its own. Otherwise it returns an empty dx.
     """
     return dropout_p > 0 or x_dtype != residual_dtype
 

@@ -139,10 +139,12 @@ def attention_qkv(
         num_heads: Number of heads H.
         causal: Let a query attend only to keys up to its own position. The keyword arguments mean what they mean in
             `attention`, with S = T.
-        lengths: Real tokens [B], int64 or int32.
+        lengths: How many tokens of each sequence are real [B], int64 or int32. A query attends to keys before that
+            length.
         key_mask: Bool [B, T], True for a key that queries may attend to.
         mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
-        cu_seqlens: Bounds [n + 1] of packed sequences, int64 or int32.
+        cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row, int64 or int32. It needs B = 1. Each
+            sequence sees itself alone.
         window: Width of a sliding window: a query attends to the last `window` keys up to its own, and without `causal`
             to as many from its own on.
         dropout_p: Dropout probability of the attention probabilities, in [0, 1).
@@ -154,8 +156,8 @@ def attention_qkv(
         out [B, T, C] in the dtype of qkv.
 
     Raises:
-        ValueError: `attention` would raise it, `num_heads` is below 1, or the last axis is no multiple of 3 ·
-            num_heads.
+        ValueError: A dtype, shape or device differs from the list above, `num_heads` is below 1, the last axis is no
+            multiple of 3 · num_heads, D exceeds 256, or an option has a value that `attention` refuses.
         NotImplementedError: A gradient is differentiated again.
 
     Example:
@@ -209,10 +211,11 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """Return the options of attention, validated, by name and in the order of the schema, with `seed` and `scale` set.
+    """Return the validated options of attention, with `seed` and `scale` set, in the order of the operator's schema.
 
-    q is [B, H, T, D], and there are S keys. `seed` becomes a new one if there is dropout and it is None, and None
-    without dropout; `scale` becomes D^-1/2 if it is None.
+    q is [B, H, T, D], and there are S keys. The keys of the result are lengths, key_mask, mask, cu_seqlens, causal,
+    window, dropout_p, seed, site and scale. Without dropout, `seed` becomes None; with dropout, a new one is drawn if
+    it is None. `scale` becomes D^-1/2 if it is None.
 
     Raises:
         ValueError: An option is not valid for these shapes.
@@ -252,8 +255,9 @@ def _check_masks(
 ) -> None:  # fmt: skip
     """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range.
 
-    Values inside `lengths` and `cu_seqlens` are validated only if `_library.values_checked` returns True for the
-    tensor, and those of `lengths` only if the kernel does not validate them itself.
+    A mask that is None is not checked. Values inside `lengths` and `cu_seqlens` are validated only where
+    `_library.values_checked` is True: on the CPU and after `check_values`. Those of `lengths` are also left to a kernel
+    that validates them itself.
 
     Raises:
         ValueError: A mask has a wrong type, dtype, device or shape, or a value out of range.
@@ -291,19 +295,25 @@ _NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "drop
 
 
 def _in_order(options: dict) -> tuple:
-    """Return the values of `options` in the order of the operators' schemas, which is that of the dict."""
+    """Return the values of `options`, the dict from `_options`, in its order: that of the operators' schemas."""
     return tuple(options.values())
 
 
 def _save(ctx, tensors: tuple, options: tuple) -> None:
-    """Save `tensors` and the op's `options`, in the order of its schema, in the autograd context `ctx` for backward."""
+    """Save `tensors` and the op's options in the autograd context `ctx`, for backward; `_saved` returns them.
+
+    `options` are lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site and scale, in this order.
+    """
     *masks, causal, window, dropout_p, seed, site, scale = options
     ctx.save_for_backward(*tensors, *masks, seed)
     ctx.scalars = causal, window, dropout_p, site, scale
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
-    """Return (tensors, options) as `_save` got them for the autograd context `ctx`, the options in their order."""
+    """Return (tensors, options), as `_save` stored them in the autograd context `ctx`.
+
+    `options` are lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site and scale, in this order.
+    """
     *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
     causal, window, dropout_p, site, scale = ctx.scalars
     return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)
@@ -385,8 +395,9 @@ def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
 def _for_triton(options):
     """Return (kernel, options, rule) for the launch of a Triton kernel.
 
-    `kernel` is the module kernels/attention.py, `options` are the given ones as its class `Options`, and `rule` is
-    (threshold, scale) of dropout, see `_library.dropout_rule`.
+    `kernel` is the module kernels/attention.py. `options`, a tuple in the order of the operator's schema, becomes an
+    instance of the module's class `Options`. `rule` is dropout's (threshold, scale): elements whose 16 random bits are
+    below the threshold are dropped, and others are scaled.
     """
     kernel = _library.triton_kernel("attention")
     options = kernel.Options(*options)
@@ -399,22 +410,22 @@ _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
 
 
 def _forward_flops(q, k, v, *options, **_):
-    """Return the FLOPs of a forward pass, given the operator's arguments with shapes in place of tensors."""
+    """Return 4 B H T S D, the FLOPs of a forward pass, whatever the masks hide. All tensors are given as shapes."""
     return 2 * _scores_flops(q, k)
 
 
 def _backward_flops(dout, q, k, v, *options, **_):
-    """Return the FLOPs of a backward pass, given the operator's arguments with shapes in place of tensors."""
+    """Return 10 B H T S D, the FLOPs of a backward pass, whatever the masks hide. All tensors are given as shapes."""
     return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
 
 
 def _backward_qkv_flops(dout, qkv, *options, **_):
-    """Return the FLOPs of a backward pass of the packed form, given arguments with shapes in place of tensors."""
+    """Return 10 B H T² D, the FLOPs of a backward pass of the packed form, given the shape [B, H, T, D] of `dout`."""
     return 5 * _scores_flops(dout, dout)
 
 
 def _scores_flops(q, k):
-    """Return the FLOPs of q kᵀ, for shapes q [B, H, T, D] and k [B, H, S, D]."""
+    """Return 2 B H T S D, the FLOPs of q kᵀ, for shapes q [B, H, T, D] and k [B, H, S, D]."""
     return 2 * math.prod(q) * k[2]
 
 

@@ -28,7 +28,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         q: Queries [B, H, D], D from 1 to 256, in float32, bfloat16, float16 or float64.
         k_cache: Keys [B, H, S, D], in the dtype of q.
         v_cache: Values [B, H, S, D], in the dtype of q.
-        lengths: How many entries of each sequence are filled [B], int64 or int32. A length of 0 gives 0.
+        lengths: How many entries of each sequence are filled [B], int64 or int32. A length of 0 gives 0. Where nobody
+            checks them, they are clamped to [0, S].
 
     Returns:
         out [B, H, D] in the dtype of q.
@@ -129,8 +130,8 @@ def decode_attention_append(
 def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: Tensor) -> None:
     """Raise `ValueError` if the shape, dtype or device of an argument of `op` is wrong, or if one requires a gradient.
 
-    A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` are q, and k and v
-    if `op` appends them, [B, H, D] each.
+    A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` maps "q", and "k"
+    and "v" if `op` appends them, to tensors [B, H, D]. The caches are [B, H, S, D] and `lengths` is [B].
 
     Raises:
         ValueError: An argument is not valid.
@@ -188,12 +189,12 @@ _library.register_triton("decode_attention_append_forward", _triton_append)
 
 
 def _forward_flops(q, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
+    """Return 4 B H S D, the FLOPs over all S entries of the cache. All tensors are given as shapes."""
     return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
 
 
 def _append_flops(q, k, v, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
+    """Return 4 B H S D, the FLOPs over all S entries of the cache. All tensors are given as shapes."""
     return 4 * math.prod(k_cache)
 
 

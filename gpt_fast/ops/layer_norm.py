@@ -56,7 +56,7 @@ def layer_norm(
 
     Note:
         Precision: statistics and sums are float32, and each result is rounded once. The reference serves a call with
-        any float64 argument.
+        any float64 argument. `_y_dtype`, which only this library's blocks pass, replaces the dtype of y.
 
         Results are deterministic, forward and backward, at any number of threads.
 
@@ -72,7 +72,11 @@ def layer_norm(
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Raise `ValueError` if x, weight, bias or eps is not valid for a layer norm. The message names `op`."""
+    """Raise `ValueError`, which names `op`, unless the arguments are valid for a layer norm.
+
+    Valid are a floating x [..., C], `weight` and `bias` [C] or None, and a positive number `eps`. `weight` and `bias`
+    are floating, of one dtype, which may differ from that of x, and on x's device. A bias needs a weight.
+    """
     _checks.tensors(op, x=x)
     _checks.optional_tensors(op, weight=weight, bias=bias)
     if not _checks.alike(x, weight, bias):  # x may be narrower
@@ -92,7 +96,8 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
 def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
     """Return True if weight and bias are given, have the shape of x's last axis, and eps is a positive float.
 
-    `check_norm` accepts such arguments, if their dtypes and devices are right. False means only that it has to decide.
+    Then `check_norm` accepts the arguments, if their dtypes and devices are right. False means only that `check_norm`
+    has to decide.
     """
     columns = x.shape[-1:]
     return (

@@ -29,7 +29,8 @@ class Deferred(Tensor):
     def make(kind: type["Deferred"], shape: torch.Size, like: Tensor, compute: Callable[[], Tensor]) -> "Deferred":
         """Return a deferred tensor of class `kind` with this shape, and with the dtype and device of `like`.
 
-        `compute` returns the values. It is called when code reads them for the first time.
+        `compute` returns the values. It is called when code reads them for the first time, in the gradient mode,
+        inference mode and autocast of this call of `make`.
         """
         made = Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
         made._compute, made._value = compute, None
@@ -40,7 +41,7 @@ class Deferred(Tensor):
         return made
 
     def value(self) -> Tensor:
-        """Return the values as an ordinary tensor. The first call computes them."""
+        """Return the values as an ordinary tensor. The first call computes them, later ones return the same tensor."""
         if self._value is None:
             grad, inference, device, autocast, dtype = self._modes
             with (
@@ -54,9 +55,10 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return func(*args, **kwargs).
+        """Return func(*args, **kwargs), with the values of deferred tensors in their place where they are needed.
 
-        Deferred tensors are computed unless `func` asks for a shape, reshapes, or is `F.cross_entropy`.
+        They are not needed if `func` asks for shape, dtype or device. Deferred logits that have not been computed also
+        stay deferred if `func` reshapes them or is `F.cross_entropy`.
         """
         if func in _SHAPES:
             with torch._C.DisableTorchFunctionSubclass():
@@ -84,7 +86,10 @@ _SHAPES = {
 
 
 def _values(tree: Any) -> Any:
-    """Return `tree`, nested lists, tuples and dicts of arguments, with the values in place of `Deferred` tensors."""
+    """Return `tree`, nested lists, tuples and dicts of arguments, with the values in place of `Deferred` tensors.
+
+    The containers are copied. Subclasses of list and tuple are returned as they are.
+    """
     if isinstance(tree, Deferred):
         return tree.value()
     if isinstance(tree, dict):
@@ -115,8 +120,9 @@ class Logits(Deferred):
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the logits hidden weightᵀ + bias [..., V], as `Logits` that are computed when code reads them.
 
-    They are computed at once, as an ordinary tensor, where `_may_defer` is False. Reading raises `RuntimeError` if
-    hidden states, weight or bias changed after this call.
+    They are computed at once, as an ordinary tensor, if gradients are off, while a graph is recorded, inside transforms
+    of `torch.func`, and inside activation checkpointing. Reading raises `RuntimeError` if hidden states, weight or bias
+    changed after this call.
     """
     if not _may_defer():
         return F.linear(hidden, weight, bias)
@@ -124,7 +130,10 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     version = _plain.version(hidden)
 
     def is_as_it_was(reads_values: bool) -> bool:
-        """Return True if the tensors did not change; compare values only if `reads_values`, else write counts alone."""
+        """Return True if the enclosing call's hidden states, weight and bias did not change since then.
+
+        Compare a sample of the weights' values, too, if `reads_values`, else write counts alone.
+        """
         return _plain.version(hidden) == version and unchanged(reads_values)
 
     def compute() -> Tensor:
@@ -182,8 +191,8 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return deferred logits in another shape, or `NotImplemented` if the call needs the values.
 
     `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is deferred
-    if `func` is one of `_RESHAPES`, the values of the logits in args[0] are not computed yet, and the new shape keeps
-    the last dimension, the vocabulary.
+    if `func` is view, reshape, flatten or contiguous, and args[0] are logits whose values are not computed yet. The new
+    shape has to keep the last dimension, the vocabulary.
     """
     source = args[0] if args else None
     if func not in _RESHAPES or not isinstance(source, Logits) or _is_computed(source):
@@ -210,7 +219,7 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
 def _is_computed(logits: Logits | None) -> bool:
     """Return True if the values of `logits`, or of the logits that these are a reshaping of, are computed already.
 
-    Code may have written into computed values, so the loss has to read them.
+    Code may have written into computed values, so the loss has to read them. The result is False for None.
     """
     while logits is not None:
         if logits._value is not None:
@@ -223,9 +232,10 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return `F.cross_entropy` of deferred logits, computed from their hidden states, or `NotImplemented`.
 
     `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is a loss
-    if `func` is `F.cross_entropy`, the logits [N, V] in the first argument are not computed yet, the targets are class
-    indices [N], and there are no class weights. Raises `RuntimeError` if hidden states or weights changed after the
-    pass.
+    if `func` is `F.cross_entropy` and its first argument are logits [N, V] whose values are not computed yet. The
+    targets have to be int64 class indices [N], and neither class weights nor PyTorch's deprecated options may be given.
+    The loss has the dtype of the logits, or float32 under autocast. Raises `RuntimeError` if hidden states or weights
+    changed after the pass; on a GPU this is found by write counts alone.
     """
     if func is not F.cross_entropy:
         return NotImplemented
@@ -251,7 +261,7 @@ def _may_defer() -> bool:
     """Return True if logits may be deferred, that is, computed when code reads them.
 
     The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
-    `torch.func`, because these record the computation of the moment. It is False inside activation checkpointing, which
+    `torch.func`. These record the computation of the moment. It is False inside activation checkpointing, which
     compares or repeats the computation of a block. Signs of activation checkpointing are gradients that are off in a
     forward pass, a backward pass that is running, and hooks on saved tensors.
     """

@@ -41,8 +41,9 @@ class Block:
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a hand-written block that `gpt_fast.accelerate` recognised: x [B, T, C] → [B, T, C], on `gpt_fast.ops`.
 
-    x is the first argument. The forward of the block's class runs instead if another argument differs from its default,
-    or if the block changed after it was recognised.
+    x is the first argument. The forward of the block's class runs instead if the block changed or got hooks after it
+    was recognised. It also runs if x is no tensor of three dimensions, or if another argument differs from its default.
+    If a dropout is active, the call draws a seed.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
@@ -63,19 +64,21 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The forward of the module's class runs instead if another argument differs from its
-    default, or if the module changed after it was recognised.
+    x is the first argument. The output projection and the dropout after it are included. The forward of the module's
+    class runs instead if the module changed or got hooks after it was recognised. It also runs if x is no tensor of
+    three dimensions, or if another argument differs from its default.
     """
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The forward of the module's class runs instead if another argument differs from its
-    default, or if the module changed after it was recognised.
+    x is the first argument. The dropout of the output is included. The forward of the module's class runs instead if
+    the module changed or got hooks after it was recognised. It also runs if x is no tensor of three dimensions, or if
+    another argument differs from its default.
     """
     return _alone(self, _mlp, args, kwargs)
 
@@ -85,8 +88,8 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 
     `branch_of` is `_attention` or `_mlp`. `args` and `kwargs` are the arguments of the call, and x is the first of
     them. The last dropout runs by itself, because the residual addition that it could be fused with is in foreign code.
-    The forward of the module's class runs instead if another argument differs from its default, or if the module
-    changed after it was recognised.
+    The forward of the module's class runs instead if the module changed or got hooks after it was recognised. It also
+    runs if x is no tensor of three dimensions, or if another argument differs from its default.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
@@ -98,7 +101,11 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
-    """Return True if each argument of a call but the first equals its default in the forward of the module's class."""
+    """Return True if each argument of a call but the first is the default in the forward of the module's class.
+
+    The result is False if an argument has no default or an unknown name, or if there are too many. Bools are compared
+    by value, other arguments by identity.
+    """
     kind: Any = type(self)
     names, defaults = _signature(kind)
     given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
@@ -110,7 +117,10 @@ def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
 
 @functools.cache
 def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
-    """Return (names, defaults) of the parameters after `self` of the forward of class `kind`."""
+    """Return (names, defaults) of the parameters after `self` of the forward of class `kind`.
+
+    `defaults` maps each parameter that has a default to this default. The result is cached.
+    """
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
     return [one.name for one in parameters], defaults
@@ -121,7 +131,7 @@ def _is_whole(self: Any, block: Block) -> bool:
 
     The options, buffers and classes are the recognised ones, which is not checked in a compiled graph. The block itself
     and its attention and MLP have no hooks and no forwards of their own. Each dropout inside an op is a number or an
-    `nn.Dropout` without hooks, and all heads share one rate.
+    `nn.Dropout` without hooks. If heads have dropouts of their own, all have one rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -179,8 +189,9 @@ def _rate(self: Any, path: str) -> float:
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
 
-    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses an `nn.Dropout` without
-    hooks with the addition, and p is its probability. Any other dropout module is called here, and p is 0.
+    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a dropout by a number or by
+    an `nn.Dropout` without hooks with the addition, and p is its probability, 0 outside of training mode. Any other
+    dropout module is called here, and p is 0.
     """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
@@ -191,8 +202,9 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
-    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
+    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
+    nothing drops.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -208,8 +220,8 @@ def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple
 def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """Return the projections of x [B, T, C] by the layers at `paths`: [qkv [B, T, 3C]], or [q, k, v], each [B, T, C].
 
-    More than three paths lead to the projections of single heads. Their weights [D, C] are joined, and the result is
-    one tensor.
+    More than three paths lead to the projections of single heads: all queries, then all keys, then all values. Their
+    weights [D, C] are joined, and the result is [qkv].
     """
     layers = [part(self, path) for path in paths]
     if len(layers) <= 3:
@@ -223,8 +235,9 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
-    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
+    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
+    nothing drops.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
@@ -255,9 +268,9 @@ def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
 
 
 def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
-    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`.
+    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`, with the parameters of the module at `norm.path` in `self`.
 
-    The module at `norm.path` is called instead if it has hooks or another class than the recognised one.
+    The module is called instead if it has hooks or another class than the recognised one.
     """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
@@ -306,7 +319,8 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the logits [..., V] of hidden states [..., C], the only argument; they are computed when code reads them.
 
-    See `deferred.logits`. A call with other arguments runs the forward of the module's class.
+    In a pass without gradients or in a graph they are computed at once. A call with other arguments runs the forward of
+    the module's class.
     """
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)

@@ -63,7 +63,10 @@ class Norm:
 
 
 def part(block: Any, path: str) -> Any:
-    """Return the attribute of `block` at a dotted path such as "attn.c_proj". The path "" stands for `block` itself."""
+    """Return the attribute of `block` at a dotted path such as "attn.c_proj". The path "" stands for `block` itself.
+
+    Raise `AttributeError` if a name on the path is missing.
+    """
     for name in path.split(".") if path else ():
         block = getattr(block, name)
     return block
@@ -83,7 +86,10 @@ def layouts(block: nn.Module) -> Iterator[Layout]:
 
 
 def _is_there(block: nn.Module, layout: Layout) -> bool:
-    """Return True if `block` has a module at each path of `layout`, an `nn.Linear` for each linear layer."""
+    """Return True if `block` has a module at each path of `layout`, an `nn.Linear` for each linear layer.
+
+    Paths that are "" are skipped.
+    """
     modules = dict(block.named_modules())
     paths = [getattr(layout, field.name) for field in fields(layout) if field.name != "name"]
     flat = [path for value in paths for path in ([value] if isinstance(value, str) else value)]
@@ -96,8 +102,9 @@ def _is_there(block: nn.Module, layout: Layout) -> bool:
 def _inferred(block: nn.Module) -> Layout | None:
     """Return the layout that the structure of `block` suggests, or None if it is not that of a GPT block.
 
-    A block has two norms of width C; linear layers C → 3C, three C → C, or three C → D for each head, for queries, keys
-    and values; another C → C for the output; and C → F and F → C for the MLP, in the order of registration.
+    A block has two norms of width C and these linear layers. Queries, keys and values come from one layer C → 3C, three
+    layers C → C, or three layers C → D for each head. The output is another C → C. The MLP is C → F and F → C, in the
+    order of registration.
     """
     modules = dict(block.named_modules())
     norms = [path for path, module in modules.items() if norm_width(module) is not None]
@@ -155,7 +162,9 @@ def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
 def alone(module: nn.Module) -> Layout | None:
     """Return the layout of a module that may be attention alone or an MLP alone, or None if it can be neither.
 
-    The layout of attention has the fields `qkv` and `out`, and that of an MLP has `fc`, `activation` and `proj`.
+    The layout of attention has the fields `qkv` and `out`, and that of an MLP has `fc`, `activation` and `proj`. They
+    are found by the sizes and names of the linear layers. The result is None for an `nn.Linear` and for a module with a
+    LayerNorm inside.
     """
     modules = dict(module.named_modules())
     sizes = {path: (one.in_features, one.out_features) for path, one in modules.items() if isinstance(one, nn.Linear)}
@@ -219,8 +228,10 @@ _EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 def find_norm(path: str, module: Any) -> Norm | None:
     """Return the `Norm` (path, parameter names, eps) of a module that computes LayerNorm, else None.
 
-    The module runs on random float64 inputs, in evaluation and in training mode. It computes LayerNorm if its outputs
-    and gradients equal those of `F.layer_norm` with one of a few values of eps. `path` is the path in the result.
+    The module runs on random float64 inputs, in evaluation and in training mode, and gets its train flag back. It
+    computes LayerNorm if its outputs and gradients equal those of `F.layer_norm` with its own eps or one of 1e-5, 1e-6,
+    1e-8 and 1e-12. The result is None, too, if the module raises, draws random numbers, has buffers or has no
+    parameters. Parameters have to be named as a gain or a bias. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")

@@ -24,8 +24,9 @@ def plan(
 
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
-    whole model can be compared with and without patches. The list is empty if the results differ, or if there are
-    blocks but nothing can be replaced. A `Patch` holds a module and its new forward.
+    whole model can be compared with and without patches. It is without them afterwards. The list is empty if the
+    results differ, or if there are blocks but nothing can be replaced. If the results differ, `report` has one entry
+    for the model instead. A `Patch` holds a module and its new forward.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -105,7 +106,10 @@ def _longest_sequence(model: nn.Module) -> int:
 
 
 def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
-    """Report each norm, projection, attention and MLP that is replaced in the block `module`, whose path is `name`."""
+    """Add an entry to `report` for each norm, projection, attention and MLP that is replaced in a block.
+
+    `module` is the block, `name` its path in the model, and `block` what it was recognised as.
+    """
     prefix, layout = f"{name}." if name else "", block.layout
     for path in (layout.norm1, layout.norm2):
         op = "layer_norm" if block.pre_norm and path == layout.norm1 else "add_layer_norm"
@@ -121,8 +125,9 @@ def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
 def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -> list[Patch]:
     """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
 
-    An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` holds a module and its new forward.
+    An output layer is an `nn.Linear` outside of blocks, from C to the number of rows of an `nn.Embedding` of width C. A
+    norm with hooks is left alone. `report` gets an entry for each module that is replaced or left alone. A `Patch`
+    holds a module and its new forward.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -174,10 +179,11 @@ def _width(block: nn.Module) -> int | None:
 def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: int) -> list[Patch]:
     """Return the patches of attention and MLP modules that are not in a replaced block.
 
-    They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
-    the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
-    attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
-    ones. A `Patch` holds a module and its new forward.
+    They may stand in a model without blocks, or in a block that is left alone. The list is empty for a model without a
+    LayerNorm. Modules in `claimed` are skipped, and the modules that were examined are added to `claimed`. `report`
+    gets entries for modules that are replaced, and for attention that is left alone, unless its block has such an
+    entry. `longest` is the sequence length at which a module is compared once, besides short ones. A `Patch` holds a
+    module and its new forward.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer
@@ -214,10 +220,11 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
     """Return True if the model computes the same with the patches as without, in evaluation mode on random tokens.
 
-    The outputs are compared within the tolerance of `_near`, and so are the gradients of parameters outside of the
-    patched modules, because patched modules were compared before. `apply(patch)` puts a patch on and `undo(module)`
-    takes it off. The result is True without comparison for a model that cannot be called with tokens alone, has no
-    embedding, or lies on the meta device. A `Patch` holds a module and its new forward.
+    The outputs may differ by 256 times the dtype's eps, relative to the largest value. So may the gradients of
+    parameters outside of the patched modules, which were compared before. `apply(patch)` puts a patch on and
+    `undo(module)` takes it off; none is left on. A call that fails without the patches is not compared. The result is
+    True without comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta
+    device. A `Patch` holds a module and its new forward.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:
@@ -259,9 +266,10 @@ Results = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
 
 def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> Results | None:
-    """Return the outputs of `model(tokens)` and the gradients of `parameters`, or None if either raises.
+    """Return (outputs, gradients) of the call `model(tokens)`, or None if the call or its backward raises.
 
-    `tokens` is [B, T]. See `_with_gradients` for the elements of the result (outputs, gradients).
+    `tokens` is [B, T]. `outputs` are the floating-point tensors of the result. `gradients` are those of `parameters`
+    for fixed random upstream gradients, or empty if no output requires a gradient.
     """
     try:
         with torch.enable_grad():  # as in training, where logits are deferred

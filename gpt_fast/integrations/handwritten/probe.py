@@ -38,8 +38,9 @@ class Refused(Exception):
 def without_trace(module: nn.Module) -> Iterator[None]:
     """Restore `module` and the random generators after the `with` block; raise `Refused` if it wrote or drew.
 
-    Flags, attributes and buffers of `module` and its submodules are restored. `Refused` is raised if a forward wrote an
-    attribute or a buffer, or drew random numbers other than dropout's. Fused ops would not do what such a forward does.
+    Flags, attributes and buffers of `module` and its submodules are restored, also after an exception, which passes.
+    `Refused` is raised if a forward wrote an attribute or a buffer, or drew random numbers other than dropout's. Fused
+    ops would not do what such a forward does.
     """
     modules = list(module.modules())
     attributes = [dict(vars(child)) for child in modules]
@@ -110,7 +111,8 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | 
     `layout` gives the paths of its linear layers, and `norms` describes the norms at `layout.norm1` and `layout.norm2`.
     Both are None for attention or an MLP alone. Numbers of heads, pre-norm and post-norm, and activations are tried in
     turn. `block` and `formula` have to agree in outputs and gradients on random inputs, in training with dropout, and
-    in outputs at sequence length `longest`.
+    in outputs at sequence length `longest`. `Refused` is raised, too, for hooks, the meta device, and a block that
+    writes attributes or buffers. Other errors of the block's code pass. The block itself is left as it was.
     """
     if any(parameter.is_meta for parameter in block.parameters()):
         raise Refused("is on the meta device, where nothing can be compared")
@@ -154,8 +156,9 @@ def _heads(block: Any, layout: Layout) -> Iterator[int]:
     """Yield the numbers of heads that the block may have, likeliest first.
 
     Integers in attributes with a name such as "n_head" come first. Other integer attributes that divide the width
-    follow, then the quotients of the width by all of these, because a number may be the width of a head. Projections of
-    single heads, more than three in `layout.qkv`, allow one number alone.
+    follow, then the quotients of the width by all of these, because a number may be the width of a head. Numbers that
+    make heads wider than 256 are left out. Projections of single heads, more than three in `layout.qkv`, allow one
+    number alone.
     """
     C = part(block, layout.out).in_features
     if len(layout.qkv) > 3:
@@ -209,10 +212,10 @@ Factors = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]
 def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1.0, 1.0), fused: float = 1.0) -> Tensor:
     """Return the output [B, T, C] of a GPT block for x [B, T, C], in plain PyTorch, or of attention or an MLP alone.
 
-    `parts` tells where `block` keeps its weights and how it computes. Each of the four `factors` multiplies in the
-    place of a dropout: attention probabilities, attention's output, hidden activation, the MLP's output. `fused`
-    multiplies the result of attention over the values. It stands for a dropout inside `F.scaled_dot_product_attention`,
-    whose probabilities cannot be seen.
+    `parts` tells where `block` keeps its weights and how it computes; without norms it is attention or an MLP alone.
+    Attention is causal. Each of the four `factors` multiplies in the place of a dropout: attention probabilities,
+    attention's output, hidden activation, the MLP's output. `fused` multiplies the result of attention over the values.
+    It stands for a dropout inside `F.scaled_dot_product_attention`, whose probabilities cannot be seen.
     """
     layout = parts.layout
 
@@ -226,7 +229,10 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
         return F.linear(y, part(block, path).weight, part(block, path).bias)
 
     def attend(y: Tensor) -> Tensor:
-        """Return causal attention of y [B, T, C] with its output projection, its dropouts replaced by factors."""
+        """Return causal attention of y [B, T, C] with its output projection, its dropouts replaced by factors.
+
+        Layers, number of heads, `factors` and `fused` are those of the enclosing call of `formula`.
+        """
         T = y.shape[1]
         qkv = torch.cat([linear(path, y) for path in layout.qkv], dim=-1)
         q, k, v = (one.unflatten(2, (parts.heads, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=-1))
@@ -251,7 +257,8 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
 def _why_not(block: nn.Module, parts: Block) -> str:
     """Return how `block` differs from `formula` in evaluation mode, or "" if outputs and gradients agree.
 
-    Both run on random inputs of several shapes and scales. `parts` tells how the block is supposed to compute.
+    Both run on random inputs of several shapes and scales. `parts` tells how the block is supposed to compute. The
+    block stays in evaluation mode.
     """
     block.eval()
     C = _width(block, parts.layout)
@@ -274,10 +281,11 @@ def _why_not(block: nn.Module, parts: Block) -> str:
 
 
 def _why_other(got: Tensor, expected: Tensor, leaves: list[Tensor], generator: torch.Generator, where: str) -> str:
-    """Return how outputs or gradients differ, or "" if they agree.
+    """Return how outputs or gradients differ by more than 1e-6, relative to the largest value, or "" if they agree.
 
     `got` and `expected` are the outputs of the block and of `formula`. The gradients are those of `leaves` for a random
-    upstream gradient, drawn from `generator`. `where` ends the message, such as "at batch 2 and length 5".
+    upstream gradient, drawn from `generator`. A gradient that only one side has is a difference. `where` ends the
+    message, such as "at batch 2 and length 5".
     """
     if not _close(got, expected):
         return f"computes something else than its parts suggest, {where}"
@@ -329,7 +337,7 @@ def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: T
 
 
 def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
-    """Return True if `got` is finite and equals `expected` in shape, dtype and, within `_TOLERANCE`, in values.
+    """Return True if `got` is finite and equals `expected` in shape, dtype and, within a tolerance of 1e-6, in values.
 
     The tolerance is relative to each value and to `largest`, by default the largest absolute value of `expected`.
     """
@@ -344,8 +352,9 @@ def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
 def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
     """Raise `Refused` if `block` and `formula` differ on one random sequence of `length` tokens.
 
-    The dtype is that of the block. Outputs may differ by 64 times the dtype's eps times the largest expected value.
-    `parts` tells how the block computes. Attention to a local window, for example, differs in long sequences only.
+    The dtype is that of the block, which stays in evaluation mode. Outputs may differ by 64 times the dtype's eps times
+    the largest expected value. `parts` tells how the block computes. Attention to a local window, for example, differs
+    in long sequences only.
     """
     block.eval()
     first = next(block.parameters())
@@ -370,9 +379,11 @@ class _Dropouts(TorchFunctionMode):
         self.calls: list[tuple[float, Any]] = []  # rate and factor: a number for attention's fused dropout, else a mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`.
+        """Return func(*args, **kwargs), but let a dropout with p > 0 multiply by a factor, and record (p, factor).
 
-        A dropout with p > 0 multiplies by a random mask or a number, and records (p, factor) in `calls`.
+        The factor of `F.dropout` and `torch.dropout` is a random tensor in the shape of the input, and outside of
+        training they change nothing. The factor of `F.scaled_dot_product_attention` is a number for its result. `calls`
+        holds the records.
         """
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout):
@@ -397,10 +408,11 @@ class _Dropouts(TorchFunctionMode):
 
 
 def _with_dropouts(block: nn.Module, parts: Block, longest: int) -> Block:
-    """Return `parts` with the paths of the block's dropouts, found by a run in training mode.
+    """Return `parts` with the paths of the block's dropouts, found by runs in training mode.
 
-    Raises `Refused` if the block drops at places where a GPT block has no dropout. `longest` is the longest sequence
-    that the model takes.
+    The sequences have lengths of 5 and 33, or `longest` if that is less. Raises `Refused` if the block drops at places
+    where a GPT block has no dropout. `longest` is the longest sequence that the model takes. The dropout rates are
+    changed for the runs and restored. The block stays in training mode.
     """
     rates = _rates(block)
     before = {path: _get_rate(block, path) for path in rates}
@@ -424,11 +436,12 @@ Places = tuple[tuple[str, str, str, str], tuple[str, ...]]
 def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> Places:
     """Return (paths, heads): the paths of the dropouts that act in the block when it runs in training mode.
 
-    The four `paths` are those of the dropout of the attention probabilities, of attention's output, of the hidden
-    activation and of the MLP's output, "" where nothing is dropped. If each head is a module with a dropout of its own,
-    `heads` holds the paths of all heads and `paths` begins with the first of them; else `heads` is empty. `sources`
-    maps each dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of
-    length T. Raises `Refused` if it drops at other places, or if outputs or gradients differ from those of `formula`.
+    The four `paths` lead to the dropouts of attention's probabilities, attention's output, the hidden activation and
+    the MLP's output, "" where nothing is dropped. If each head is a module with its own dropout, `heads` holds the
+    paths of all heads. `paths` then begins with the first of them. Otherwise `heads` is empty. `sources` maps each
+    dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of length T and
+    stays in training mode. Raises `Refused` if it drops at other places, or if outputs or gradients differ from those
+    of `formula`.
     """
     block.train()
     wide = _widened(block)
@@ -483,7 +496,10 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
 
 
 def _rates(block: nn.Module) -> list[str]:
-    """Return the paths of all dropouts: `nn.Dropout` modules, and floats in [0, 1) with "drop" in their names."""
+    """Return the paths of all dropouts: `nn.Dropout` modules, and floats in [0, 1) with "drop" in their names.
+
+    The path of a float ends in the attribute's name.
+    """
     found = []
     for path, module in block.named_modules():
         if isinstance(module, nn.Dropout):

@@ -43,7 +43,8 @@ class Snapshot:
     def _has(self, name: str, buffer: Tensor) -> bool:
         """Return True if `buffer` equals the recorded buffer `name`.
 
-        Values are read only if object or write count differ.
+        Values are read only if object or write count differ. If the values are equal, the new object and count are
+        recorded.
         """
         where, before = self._buffers[name]
         if _where(buffer) == where:
@@ -64,7 +65,8 @@ def _where(buffer: Tensor) -> tuple[int, int]:
 def _options(module: nn.Module, rates: frozenset[str]) -> dict[str, Any]:
     """Return the simple attributes of `module` and of all modules inside it, by path, for comparison.
 
-    Private attributes, train flags, `p` of dropouts, `forward` and the paths in `rates` are left out.
+    Simple are numbers, strings, bytes, tuples and None, also one level inside dictionaries and objects. Private
+    attributes, train flags, attributes named `p` or `forward` and the paths in `rates` are left out.
     """
     found: dict[str, Any] = {}
     for path, child in module.named_modules():

@@ -55,7 +55,8 @@ class Pass(NamedTuple):
 def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run transformers' `GPT2Model` on `gpt_fast.ops`. Arguments and result are those of its own forward.
 
-    That forward runs instead, with a warning, if the ops do not support the call.
+    That forward runs instead, with a warning, if the ops do not support the call. Each call in training draws a new
+    dropout seed. A key-value cache that is given is extended in place.
     """
     call = named(self, args, kwargs)
     cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
@@ -111,8 +112,9 @@ def gpt2_block_forward(
 ) -> Any:
     """Run a `GPT2Block` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is x [B, T, C] or, if its `carries`
-    is True, (x, branch, branch_p). The caller then adds dropout(branch) to x, with probability `branch_p`.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). Other arguments than `hidden_states` are then ignored,
+    and the result is x [B, T, C] or, if the pass's `carries` is True, (x, branch, branch_p). The caller then adds
+    dropout(branch) to x, with probability `branch_p`.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -138,8 +140,8 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
 def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple[Tensor, Tensor]:
     """Return (norm(x), x), where x includes the residual branch that the block before left over (`now.branch`), if any.
 
-    `norm` is the module, and `now` the state of the forward pass. `product` is True if only a matrix product reads
-    norm(x), which may then be rounded to that product's dtype.
+    `norm` is the module, and `now` the state of the forward pass. The left-over branch is added with its dropout.
+    `product` is True if only a matrix product reads norm(x), which may then be rounded to that product's dtype.
     """
     if now.branch is None:
         return _plain.norm(norm, x, product=product), x
@@ -165,7 +167,8 @@ def gpt2_attention_forward(
 def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run transformers' `OpenAIGPTModel` on `gpt_fast.ops`. Arguments and result are those of its own forward.
 
-    That forward runs instead, with a warning, if the ops do not support the call.
+    That forward runs instead, with a warning, if the ops do not support the call. Each call in training draws a new
+    dropout seed.
     """
     call = named(self, args, kwargs)
     reason = _unsupported(self, call, _GPT1_ARGUMENTS)
@@ -193,7 +196,8 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
     """Run a block of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [x], with x [B, T, C].
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is the list [x], with x [B, T, C], and other
+    arguments are ignored.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -211,8 +215,8 @@ def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
 def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
     """Run attention of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [out], where out [B, T, C] is attention's
-    output after its output projection and dropout.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is the list [out], where out [B, T, C] is
+    attention's output after its output projection and dropout.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -267,7 +271,8 @@ def _attention_dropout(attn: Any) -> float:
 def project(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks.
 
-    The op reads the transposed weight in place. The layer is called if x has fewer than `_FEW_ROWS` rows.
+    The op reads the transposed weight in place. The layer is called, too, if x has fewer than 32 rows B T outside of a
+    compiled graph.
     """
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
@@ -275,16 +280,18 @@ def project(layer: Any, x: Tensor) -> Tensor:
 
 
 def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
-    """Return why `layer` has to be called, or None if it is a plain `kind`, whose weight an op may read."""
+    """Return why `layer` has to be called, or None if it is a plain `kind`, whose weight an op may read.
+
+    Reasons are another class, hooks, and a forward or a weight class of its own.
+    """
     reason = _plain.why_not_plain(layer, kind)
     return None if reason is None else f"{reason}: called through it"
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Return True if x [B, T, C] has fewer than `_FEW_ROWS` rows B T.
+    """Return True if x [B, T, C] has fewer than 32 rows B T, for which PyTorch's product is faster than `ops.linear`.
 
-    PyTorch's product is faster than `ops.linear` for so few rows. The result is False in a compiled graph, which serves
-    any number of rows.
+    The result is False in a compiled graph, which serves any number of rows.
     """
     rows = x.shape[0] * x.shape[1]
     return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
@@ -296,7 +303,10 @@ def _heads(attn: Any) -> int:
 
 
 def _scale(attn: Any, C: int) -> float:
-    """Return the factor by which attention of width C in GPT-2 or GPT-1 multiplies its scores."""
+    """Return the factor by which attention of width C in GPT-2 or GPT-1 multiplies its scores.
+
+    It is `attn.scaling` for GPT-2. For GPT-1 it is D^-1/2 for heads of D numbers, or 1.0 if `attn.scale` is False.
+    """
     if isinstance(attn, gpt2.GPT2Attention):
         return attn.scaling
     return (C // attn.n_head) ** -0.5 if attn.scale else 1.0
@@ -306,7 +316,8 @@ def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
     The caller computes residual + dropout(branch, p). `kind` is the class of `mlp`. If `mlp` has hooks or another
-    class, it is called with its dropout, and p is 0.
+    class, it is called with its dropout, and p is 0. `ops.mlp` computes the branch if it can and x has at least 32
+    rows, else the modules inside `mlp` are called one by one.
     """
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0
@@ -319,14 +330,18 @@ def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
 
 
 def activation_of(module: Any) -> str | None:
-    """Return this library's name of the activation that a module computes, or None if it is unknown or has hooks."""
+    """Return this library's name of the activation that a module computes, such as "gelu", or None if there is none.
+
+    The result is None for another class than transformers' ReLU and GELU modules, or if the module has hooks.
+    """
     return None if _plain.is_hooked(module) else _ACTIVATIONS.get(_plain.class_of(module))
 
 
 def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
     """Return why `ops.mlp` cannot compute `mlp`, or None if it can.
 
-    `kind` is the expected class of the MLP, and `layer` that of its two projections.
+    `kind` is the expected class of the MLP, and `layer` that of its two projections, `c_fc` and `c_proj`. Reasons are
+    another class, hooks or an own forward of one of them, and an activation other than ReLU or GELU.
     """
     reason = _plain.why_not_plain(mlp, kind)
     if reason is not None:
@@ -343,7 +358,8 @@ def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
 def _checkpointed(block: Any, function: Any, x: Tensor, now: Pass) -> Tensor:
     """Return function(block, x, now), under gradient checkpointing if the block has it switched on and trains.
 
-    `function` is `_gpt2_block` or `_gpt1_block`. A checkpointed block runs again in backward, so it gets no cache.
+    `function` is `_gpt2_block` or `_gpt1_block`. A checkpointed block runs again in backward, so it gets `now` without
+    the cache.
     """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, now=now._replace(cache=None)), x)
@@ -356,9 +372,9 @@ def _embed(
 ) -> Tensor:  # fmt: skip
     """Return dropout(token embeddings + position embeddings) [B, T, C].
 
-    The dropout is `trunk.drop`. `x` holds tokens [B, T], or embeddings [B, T, C] that take the place of the token
-    embeddings. `positions` holds position ids; None counts from 0. `call` holds the arguments of the trunk's call by
-    name. Its `token_type_ids`, if given, are embedded by the token table and added.
+    The dropout is `trunk.drop`, with the mask of `seed`. `x` holds tokens [B, T], or embeddings [B, T, C] that take the
+    place of the token embeddings. `positions` holds position ids; None counts from 0. `call` holds the arguments of the
+    trunk's call by name. Its `token_type_ids`, if given, are embedded by the token table and added.
     """
     types = call.get("token_type_ids")
     plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
@@ -380,8 +396,8 @@ def _embed(
 def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
     """Return (x, shape, positions) for the arguments `call` of a trunk, by name.
 
-    x holds tokens [N, T] or embeddings [N, T, C], `shape` is the leading shape [..., T] of the trunk's result, and
-    `positions` are the given position ids or None.
+    x holds tokens [N, T] from `input_ids` or, if that is None, embeddings [N, T, C] from `inputs_embeds`. `shape` is
+    the leading shape [..., T] of the trunk's result, and `positions` are the given position ids or None.
     """
     tokens, embeddings = call.get("input_ids"), call.get("inputs_embeds")
     if tokens is not None:
@@ -401,10 +417,11 @@ def _seed(trunk: Any, device: torch.device) -> Tensor | None:
 
 
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return (key_mask, mask) for the attention mask `given` of N rows, which `_unsupported` accepts.
+    """Return (key_mask, mask) for the attention mask `given` of N rows, in which nonzero values allow attention.
 
-    If `given` has four dimensions [N, 1, T, S], it is `mask`, and `key_mask` is None. Otherwise it becomes `key_mask`,
-    bool [N, S], and `mask` is None. True allows attention. Both are None if `given` is known to have no padding.
+    If `given` has four dimensions [N, 1, T, S], it is returned as `mask`, and `key_mask` is None. Otherwise it becomes
+    `key_mask`, bool [N, S], and `mask` is None. True allows attention. Both are None if `given` is known to have no
+    padding, which only masks on the CPU tell.
     """
     if given.dim() == 4:
         return None, given
@@ -417,8 +434,8 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 def _packed(positions: Tensor) -> Tensor | None:
     """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
 
-    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is also made
-    if the values cannot be read at once, as on a GPU.
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention, also to later tokens
+    of the sequence. The mask is also made if the values cannot be read at once, as on a GPU.
     """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
@@ -441,8 +458,8 @@ def named(module: Any, args: tuple, kwargs: dict) -> dict:
     """Return the arguments that a call passes, by the names of the parameters of the class's own forward.
 
     Parameters that the call leaves out are not in the dict. `args` and `kwargs` are the arguments of the call, and
-    `module` is the module that is called. `past_key_values` becomes `cache` where the class has renamed it, with
-    transformers' warning.
+    `module` is the module that is called. `past_key_values` becomes `cache` where the class has renamed it, with a
+    `FutureWarning` outside of compiled graphs. If both are given, `cache` is kept. The result may be `kwargs` itself.
     """
     if not args and "past_key_values" not in kwargs:
         return kwargs
@@ -479,7 +496,10 @@ def _flag(trunk: Any, call: dict, name: str) -> Any:
 
 
 def _returns_dict(trunk: Any, call: dict) -> bool:
-    """Return True if the call asks for an output object and not for a tuple; the configuration holds the default."""
+    """Return True if the call asks for an output object and not for a tuple.
+
+    `call` holds the arguments by name. If `return_dict` is missing or None, the trunk's configuration decides.
+    """
     value = call.get("return_dict")
     return trunk.config.return_dict if value is None else bool(value)
 
@@ -488,7 +508,9 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
     """Return why `gpt_fast.ops` do not support a call of GPT-2's or GPT-1's trunk, or None if they do.
 
     `call` holds the arguments by name, and `known` the names of the arguments that are supported. An argument of None
-    counts as left out.
+    counts as left out. Reasons in the call are other arguments, a request for attention probabilities or for the states
+    of some layers, none or both of `input_ids` and `inputs_embeds`, and an attention mask of another form. Reasons in
+    the model are an attention dropout with hooks and a block that `accelerate` has not patched.
     """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:
@@ -526,8 +548,9 @@ def _is_ours(block: Any) -> bool:
 def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
     """Return why the cache or the mask in a call of GPT-2's trunk is not supported, or None if both are.
 
-    `call` holds the arguments by name, and `cache` is transformers' key-value cache or None. Other arguments are
-    checked by `_unsupported`.
+    `call` holds the arguments by name, and `cache` is transformers' key-value cache or None. Reasons are a cache other
+    than `DynamicCache`, a cache without causal attention, under gradient checkpointing or with cross-attention, and a
+    mask with another number of keys. Other arguments are not checked.
     """
     mask, past = call.get("attention_mask"), 0
     if cache is not None:

@@ -80,10 +80,15 @@ _BLOCK = (  # ours, transformers', transposed
 def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     """Return a model of the class `kind` with the weights of a GPT-2 or GPT-1 of transformers.
 
-    `Convertible.from_hf` calls this function. `model` is a model of transformers, a folder of one, or its name on the
-    hub. `overrides` are fields of `GPTConfig` that replace those of the model's configuration. Raise `ValueError` if a
-    weight would be lost, or if the outputs of the two models would differ without a reason in `overrides`, and
-    `TypeError` for a model of another class.
+    `model` is a model of transformers, a folder of one, or its name on the hub. `overrides` are fields of `GPTConfig`
+    that replace those of the model's configuration. The result has the dtype, device and train flag of `model`.
+    Parameters that `model` lacks, such as a new classifier, are drawn at random. Weights of a head that `kind` does not
+    have are left out.
+
+    Raise `TypeError` for a model of another class. Raise `ValueError` if the model is not what its configuration says,
+    or has an option that this library lacks. Raise `ValueError` also if the outputs of the two models differ without a
+    reason in `overrides`. If `kind` is the counterpart of the model's class, a weight that would be lost raises it too,
+    unless `overrides` has lm_weight, classifier_bias or output_bias.
     """
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
@@ -126,11 +131,11 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
 
 
 def to_hf(ours: Any) -> Any:
-    """Return transformers' model with the weights of `ours`, a model of this library.
+    """Return transformers' model with copies of the weights of `ours`, a model of this library.
 
-    The class is that of GPT-2 with this head if `ours` is pre-norm, else that of GPT-1. Raise `ValueError` if
-    transformers has no such model, if a module of `ours` is not what its configuration says, or if the outputs of both
-    models differ.
+    The class is that of GPT-2 with this head if `ours` is pre-norm, else that of GPT-1. The result has the dtype,
+    device and train flag of `ours`. Raise `ValueError` if transformers has no such model, if a module of `ours` is not
+    what its configuration says, or if the outputs of both models differ.
     """
     transformers = _transformers()
     config: GPTConfig = ours.config
@@ -166,10 +171,10 @@ def _refuse(user: str, reason: str | None) -> None:
 
 
 def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]]) -> None:
-    """Copy tensors of the dict `source` into the tensors of the dict `target`. Raise `ValueError` if shapes do not fit.
+    """Copy tensors of the dict `source` into the tensors of the dict `target`, in place.
 
-    `pairs` holds (name in `source`, name in `target`, True if the tensor is transposed). `user` is the name of the
-    public function for the message.
+    `pairs` holds (name in `source`, name in `target`, True if the tensor is transposed). Leading sizes of 1 may differ.
+    `user` is the name of the public function for the message. Raise `ValueError` if shapes do not fit.
     """
     with torch.no_grad():
         for name, to, transposed in pairs:
@@ -205,7 +210,7 @@ def _computes(reason: str | None) -> str | None:
 
 
 def is_transformers_folder(config: dict[str, Any]) -> bool:
-    """Return True if `config`, the content of a `config.json`, belongs to a model that `from_hf` reads."""
+    """Return True if `config`, the content of a `config.json`, has the `model_type` "gpt2" or "openai-gpt"."""
     return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
@@ -235,9 +240,10 @@ def _transformers() -> Any:
 def _load(transformers: Any, folder: Any) -> Any:
     """Return transformers' model in a folder, or of a name on the hub, by the class that saved it.
 
-    `transformers` is the imported package. Every weight has to be there: nothing is filled at random. Nothing is
-    unpickled but tensors, by the reader of nanoGPT's checkpoints. Raises `TypeError` for a model other than GPT-2 and
-    GPT-1, `ValueError` for damaged, missing or unexpected weights, and `OSError` if there is no such folder or name.
+    If that class is unknown, it is loaded as a language model. `transformers` is the imported package. Every weight has
+    to be there: nothing is filled at random. Nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints.
+    Raises `TypeError` for a model other than GPT-2 and GPT-1, and `OSError` if there is no such folder or name. Raises
+    `ValueError` for a wrong config.json, and for damaged, missing, quantised or unexpected weights.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -295,7 +301,8 @@ def _load(transformers: Any, folder: Any) -> Any:
 def _check_size(config: GPTConfig, folder: Path) -> None:
     """Raise `ValueError` if the trunk of `config` has more parameters than the weight files in `folder` have bytes.
 
-    A damaged configuration could take all memory. Trunks of up to `_SMALL` parameters pass.
+    The files are *.safetensors and *.bin. A damaged configuration could take all memory. Trunks of up to 10^8
+    parameters pass.
     """
     found = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
     if (expected := config.trunk_parameters()) > max(found, _SMALL):
@@ -306,7 +313,7 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
     """Return the tensors, by name, of a folder with pytorch_model.bin, whole or in several files, and no safetensors.
 
     The result is None if the folder has safetensors, or if `folder` is no folder but a name on the hub. Raises
-    `FileNotFoundError` for a folder with neither kind of file, and `ValueError` for a damaged file.
+    `FileNotFoundError` for a folder with neither kind of file, and `ValueError` for a damaged file or index.
     """
     path = Path(folder)
     if not path.is_dir() or any(path.glob("*.safetensors")):
@@ -325,9 +332,10 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
-    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor that both models have.
+    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor that a conversion copies.
 
-    `ours` and `theirs` map the names of each side to tensors. `model` is this library's model.
+    These are all tensors of the trunk, then those of the output layer and of the classifier that both sides have.
+    `ours` and `theirs` map the names of each side to tensors, which are not read. `model` is this library's model.
     """
     config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
@@ -342,7 +350,10 @@ def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator
 
 
 def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
-    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor of a model without its head."""
+    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor of a model without its head.
+
+    The names are those of GPT-2 if `config.pre_norm`, else of GPT-1, without the trunk's prefix.
+    """
     tokens, positions = ("wte", "wpe") if config.pre_norm else ("tokens_embed", "positions_embed")
     yield "token_emb.weight", f"{tokens}.weight", False
     yield "pos_emb", f"{positions}.weight", False
@@ -402,10 +413,10 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
 
 
 def _in_vocabulary(theirs: Any, token: Any) -> int | None:
-    """Return the id of a special token if it is an id in the vocabulary of the configuration `theirs`, else None.
+    """Return the id of a special token if it is in the vocabulary of transformers' configuration `theirs`, else None.
 
-    `theirs` is transformers' configuration. `token` is an id, a list of ids, of which the first counts, or None. The
-    configuration of a small model may still have the ids of GPT-2.
+    `token` is an id, a list of ids, of which the first counts, or None. The configuration of a small model may still
+    have the ids of GPT-2, which are then beyond its vocabulary.
     """
     if isinstance(token, list) and token:
         token = token[0]
@@ -413,7 +424,7 @@ def _in_vocabulary(theirs: Any, token: Any) -> int | None:
 
 
 def _label_names(theirs: Any) -> tuple[str, ...]:
-    """Return the names of the labels in transformers' configuration `theirs`.
+    """Return the names of the labels in transformers' configuration `theirs`, in the order of their ids.
 
     The result is () if the names are transformers' defaults LABEL_0, LABEL_1, ….
     """
@@ -424,8 +435,8 @@ def _label_names(theirs: Any) -> tuple[str, ...]:
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
     """Return the fields of `GPTConfig` for the head of transformers' class `kind`, whose configuration is `theirs`.
 
-    The fields are those of a classifier, such as `num_labels` and `classifier_dropout`. The result is empty for a class
-    without a classifier.
+    The fields describe a classifier, such as `num_labels` and `classifier_dropout`. The result is empty for a class
+    without a classifier. Raises `ValueError` for an option that this library does not have.
     """
     if kind in _CLASSIFIERS:
         return _classifier_from_hf(theirs)
@@ -439,7 +450,8 @@ def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
 def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
     """Return the fields of `GPTConfig` for a sequence classifier with transformers' configuration `theirs`.
 
-    Raises `ValueError` for an unknown `problem_type`.
+    They are num_labels, label_names, problem, classifier_bias (False) and classifier_dropout. Without a `problem_type`,
+    one label means regression and several mean classification. Raises `ValueError` for an unknown `problem_type`.
     """
     problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else "single_label_classification")
     if problem not in _PROBLEMS:
@@ -462,9 +474,10 @@ def _own_dropout(theirs: Any) -> float:
 
 
 def _choices_from_hf(theirs: Any) -> dict[str, Any]:
-    """Return the fields of `GPTConfig` for a multiple-choice model with transformers' configuration `theirs`.
+    """Return {"classifier_dropout": rate} for a multiple-choice model with transformers' configuration `theirs`.
 
-    Raises `ValueError` for an option that this library does not have.
+    Raises `ValueError` for an option of its summary, such as a dropout after the classifier, that this library does not
+    have.
     """
     for option, wanted in _SUMMARY.items():
         if getattr(theirs, option) != wanted:
@@ -478,7 +491,11 @@ def _choices_from_hf(theirs: Any) -> dict[str, Any]:
 
 
 def _tags_from_hf(theirs: Any) -> dict[str, Any]:
-    """Return the fields of `GPTConfig` for a token classifier with transformers' configuration `theirs`."""
+    """Return the fields of `GPTConfig` for a token classifier with transformers' configuration `theirs`.
+
+    They are num_labels, label_names and classifier_dropout: the first of transformers' `classifier_dropout` and
+    `hidden_dropout` that is set, else 0.1.
+    """
     rates = [getattr(theirs, name, None) for name in ("classifier_dropout", "hidden_dropout")]
     return {
         "num_labels": theirs.num_labels,
@@ -495,9 +512,10 @@ _PROBLEMS = {
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
-    """Return transformers' configuration for `config` and transformers' class named `kind`.
+    """Return transformers' configuration of the class named `kind` with the options of `config`.
 
-    `transformers` is the imported package. Raises `ValueError` if the class cannot hold an option of `config`.
+    It is a `GPT2Config` if `config.pre_norm`, else an `OpenAIGPTConfig`. `transformers` is the imported package. Raises
+    `ValueError`, which names all of them, if the class cannot hold options of `config`.
     """
     names = {ours: all_theirs[0] for ours, all_theirs in _activation_names(config.pre_norm).items()}
     classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES

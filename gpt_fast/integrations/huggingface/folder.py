@@ -34,9 +34,12 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
     `to` names the format of `out`, "gpt-fast" or "transformers"; None means the one that `source` does not have. `head`
     ("clm", "mlm" or "classifier") chooses this library's head for a model of transformers; None takes the head that
     fits the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
-    "numbers" (parameters), and if `out` has transformers' format "left_out" (a list of what its class cannot hold).
-    Raises `ValueError` for a folder of neither library, a model that the other does not have, an unknown `head`, or a
-    `source` that has the format `to` already, and `OSError` if a file is missing or `out` exists.
+    "numbers" (parameters). If `out` has transformers' format, it also has "left_out", a list of what transformers'
+    class cannot hold.
+
+    Raises `ValueError` for a folder of neither library, a model that the other does not have, or an unknown `head`. It
+    also does so for a `head` with a folder of this library, and for a `source` that has the format `to` already. Raises
+    `OSError` if a file is missing or `out` exists.
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():
@@ -62,8 +65,9 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
     """Write transformers' model in `source`, with its tokenizer, to the folder `made` in this library's format.
 
     `config` is the content of its config.json. `head` is "clm", "mlm" or "classifier", or None for the head that fits
-    the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
-    "numbers" (parameters). Raises `ValueError` for an unknown `head`, or if None is given and no head fits.
+    the saved class. Other files of transformers' tokenizer go into the folder "transformers" inside `made`. The result
+    has the keys "model" (class that was written), "from" (class that was read) and "numbers" (parameters). Raises
+    `ValueError` for an unknown `head`, or if None is given and no head fits.
     """
     architecture = next(iter(config.get("architectures") or []), "GPT2LMHeadModel")
     if head is not None and head not in _NAMES:
@@ -89,7 +93,8 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
     """Write this library's model in `source`, with its tokenizer, to the folder `made` in transformers' format.
 
     The result has the keys "model" (class that was written), "from" (class that was read), "numbers" (parameters) and
-    "left_out" (a list of what transformers' class cannot hold).
+    "left_out" (a list of what transformers' class cannot hold). Raises `ValueError` for a model that transformers does
+    not have.
     """
     name, config = model_folder.read_config(source)
     if name not in HEADS:
@@ -112,9 +117,10 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
 def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
     """Return (model, left_out): the model in a form that transformers' classifier can hold, and what that form lacks.
 
-    A classifier that reads the extract token becomes one with the same weights that reads the last token and has no
-    joint loss. Its input ends in the extract token, so both read the same token. `left_out` names the joint loss and,
-    if it is not tied, the output layer. Other models are returned as they are, with an empty list.
+    A classifier with pooling "extract", which reads the extract token, becomes a new one with the same weights, which
+    reads the last token and has no joint loss. Its input ends in the extract token, so both read the same token.
+    `left_out` names the joint loss and, if it is not tied, the output layer. Other models are returned as they are,
+    with an empty list.
     """
     config: GPTConfig = model.config
     if not isinstance(model, GPTForSequenceClassification) or config.pooling != "extract":
@@ -131,6 +137,7 @@ def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
 def _new_tokenizer(path: Path, config: GPTConfig) -> Any:
     """Return transformers' tokenizer with the content of this library's tokenizer.json at `path`.
 
+    Its special tokens (pad, mask, bos, eos) are the pad, mask, start and end tokens of `config`, as far as it has them.
     For a model with pooling "extract" it puts the start, delimiter and extract tokens around texts, as in training.
     """
     tokenizer = Tokenizer.from_file(str(path))
@@ -149,7 +156,10 @@ def _new_tokenizer(path: Path, config: GPTConfig) -> Any:
 
 
 def _copy_extras(source: Path, target: Path) -> None:
-    """Copy the files of `_EXTRAS` (transformers' tokenizer and generation files) that exist in `source` to `target`."""
+    """Copy transformers' tokenizer and generation files, as far as `source` has them, to the folder `target`.
+
+    `target` is made if there is a file to copy. The model's config.json, its weights and tokenizer.json are not copied.
+    """
     for name in _EXTRAS:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)

@@ -30,7 +30,10 @@ _COMPARED = (bool, int, float, str, tuple, type(None), types.FunctionType, types
 
 
 def make_theirs(model: Any) -> Any:
-    """Return a new model of the class and configuration of transformers' `model`, on the meta device."""
+    """Return a new model of the class and configuration of transformers' `model`, on the meta device.
+
+    The configuration is a copy with eager attention.
+    """
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # the only one that needs no other package
     with torch.device("meta"):
@@ -44,7 +47,10 @@ def make_ours(model: Any) -> Any:
 
 
 def is_causal(config: Any) -> bool:
-    """Return True if the models of this configuration of transformers attend to earlier tokens only."""
+    """Return True if models of transformers' `config` attend to earlier tokens only.
+
+    They do for GPT-1. For GPT-2 the field `is_causal` decides, which counts as True if it is missing.
+    """
     return config.model_type != "gpt2" or getattr(config, "is_causal", True)
 
 
@@ -53,8 +59,8 @@ def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None 
 
     Modules are compared by name, class, hooks and plain attributes, parameters by name and shape, and buffers by name,
     GPT-1's mask and positions by value too. Parameters of several dtypes count as a difference. So do two parameters
-    that are one object, but for the two that `tied` names. The model may have a parameter named `spare` although `made`
-    has none.
+    that are one object, unless `tied` names these two. The model may have a parameter named `spare` although `made` has
+    none.
     """
     return (
         _why_other_modules(model, made)
@@ -65,9 +71,10 @@ def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None 
 
 
 def _why_other_modules(model: Any, made: Any) -> str | None:
-    """Return the first module of `model` that differs from the one in `made`, and how, or None if no module differs.
+    """Return, as text, the first module of `model` that differs from the one in `made`, and how, or None.
 
-    Modules are compared by name, class, hooks and public attributes with simple values.
+    `made` is a new model of the same class and configuration. Modules are compared by name, class, hooks and public
+    attributes with simple values (numbers, strings, tuples, functions, None).
     """
     modules, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, made))
     for name, standard in expected.items():
@@ -93,8 +100,9 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
 def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Return why a call of `module` runs anything besides the forward of the class `kind`, or None if it does not.
 
-    Three changes do not count: hooks by which transformers records outputs, the forwards of `gpt_fast.accelerate`, and
-    the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
+    Reasons are another class, a forward of its own, and hooks. Three changes do not count: hooks by which transformers
+    records outputs, the forwards of `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around
+    the forward of a trained model.
     """
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -108,7 +116,7 @@ def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def _is_forward_of(kind: Any, forward: Any) -> bool:
-    """Return True if `forward` is the method of the class `kind`, with or without the decorators of that method.
+    """Return True if `forward`, a bound method, is that of the class `kind`, with or without its decorators.
 
     Hugging Face Accelerate removes the decorators when it takes its wrapper off a model.
     """
@@ -119,10 +127,10 @@ def _is_forward_of(kind: Any, forward: Any) -> bool:
 
 
 def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | None:
-    """Return the first parameter of `model` that differs from the one in `made`, and how, or None.
+    """Return, as text, the first parameter of `model` that differs from the one in `made`, and how, or None.
 
-    Parameters are compared by name and shape. All have to be `nn.Parameter`s of one dtype. `spare` names a parameter
-    that `model` may have although `made` has none.
+    `made` is a new model of the same class and configuration. Parameters are compared by name and shape. All have to be
+    `nn.Parameter`s of one dtype. `spare` names a parameter that `model` may have although `made` has none.
     """
     parameters, expected = (dict(each.named_parameters(remove_duplicate=False)) for each in (model, made))
     first, dtype = next((name, parameter.dtype) for name, parameter in parameters.items())
@@ -145,9 +153,11 @@ def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | Non
 
 
 def _why_other_buffers(model: Any, made: Any) -> str | None:
-    """Return the first buffer of `model` that differs from the one in `made`, and how, or None.
+    """Return, as text, the first buffer of `model` that differs from the one in `made`, and how, or None.
 
-    Buffers are compared by name. GPT-1's forward reads two, a causal mask and positions, which are compared by value.
+    `made` is a new model of the same class and configuration. Buffers are compared by name. GPT-1's forward reads two,
+    a causal mask and positions, which are compared by value, unless they are on the meta device. Buffers `attn.bias`
+    and `attn.masked_bias` of old files may be there in addition.
     """
     buffers, expected = (dict(each.named_buffers(remove_duplicate=False)) for each in (model, made))
     for name in expected:
@@ -183,9 +193,9 @@ def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
     """Return how the outputs of the two models differ on a few tokens, or None if they agree.
 
     `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared and, if `whole`,
-    the outputs of the heads too, with the relative error of `_tolerance`. Both models run in evaluation mode, without
-    autocast. Their modes and the random state stay as they are. Models on the meta device have no values, so the result
-    for them is None.
+    the outputs of the heads too. The largest allowed error is relative: the square root of the dtype's eps. Both models
+    run in evaluation mode, without autocast and gradients. Their modes and the random state stay as they are. Models on
+    the meta device have no values, so the result for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight
@@ -222,7 +232,7 @@ def _tokens(theirs: Any, ours: Any) -> Tensor:
 
 
 def _call(theirs: Any, tokens: Tensor) -> Any:
-    """Return the output of transformers' model for `tokens`, an object with named fields, without a key-value cache."""
+    """Return the output object of transformers' model for tokens [B, T]. No key-value cache is made."""
     cache = {"use_cache": False} if theirs.config.model_type == "gpt2" else {}
     return theirs(tokens, return_dict=True, **cache)
 

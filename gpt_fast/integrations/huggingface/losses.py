@@ -46,39 +46,45 @@ class Head(NamedTuple):
 
 
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2LMHeadModel`. See `lm_head`.
+    """Run `GPT2LMHeadModel`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTLMHeadModel`. See `lm_head`.
+    """Run `OpenAIGPTLMHeadModel`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2DoubleHeadsModel`, a language model with a multiple-choice head.
+    """Run `GPT2DoubleHeadsModel`, with the arguments and the output of its own forward.
 
-    In training with labels the language model's loss comes from hidden states, without logits. See `_double_heads`.
+    It is a language model with a multiple-choice head. In training with labels the language model's loss comes from
+    hidden states, and its logits are computed when they are read. In other calls, for a tuple as result, or with the
+    additional argument `logits=True`, its own forward runs.
     """
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTDoubleHeadsModel`, a language model with a multiple-choice head.
+    """Run `OpenAIGPTDoubleHeadsModel`, with the arguments and the output of its own forward.
 
-    In training with labels the language model's loss comes from hidden states, without logits. See `_double_heads`.
+    It is a language model with a multiple-choice head. In training with labels the language model's loss comes from
+    hidden states, and its logits are computed when they are read. In other calls, for a tuple as result, or with the
+    additional argument `logits=True`, its own forward runs.
     """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
 
 def with_signatures(heads: tuple[Head, ...]) -> tuple[Head, ...]:
-    """Give the forward of each head the signature of its class's forward, and return `heads`.
+    """Give the forward of each head the signature of its class's forward, in place, and return `heads`.
 
     Hugging Face's Trainer chooses the columns of a data set by that signature.
     """
@@ -103,9 +109,13 @@ def head_of(model: Any, heads: tuple[Head, ...] = HEADS) -> Head | None:
 def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head, with the loss computed from hidden states.
 
-    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The logits in the
-    output are computed when they are read. The forward of the class runs instead without labels, with another loss
-    function, or if `_needs_logits`, as in evaluation and with `logits=True`.
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The loss is the
+    mean over labels, or their sum divided by `num_items_in_batch` if that is given, and 0 if no label counts. The
+    logits in the output are computed when they are read; in a compiled graph there are none.
+
+    The forward of the class runs instead without labels, with another loss function, in evaluation, with `logits=True`,
+    for a tuple as result, or if the output layer is not plain. `logits=False` asks for the loss from hidden states in
+    evaluation, too.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -134,8 +144,9 @@ def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head and a multiple-choice head.
 
     `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language
-    model's loss is computed from hidden states, and its logits when they are read. The forward of the class runs
-    instead if `_needs_logits`, as without labels, in evaluation and with `logits=True`.
+    model's loss is computed from hidden states, and its logits when they are read. The output also has `mc_logits` and,
+    if `mc_labels` are given, `mc_loss`. The forward of the class runs instead without labels, in evaluation, with
+    `logits=True`, for a tuple as result, or if the output layer is not plain.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -163,9 +174,9 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
     """Return True if this call is left to transformers, which computes the logits and the loss from them.
 
     `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
-    False, or None, which means True in evaluation and False in training. Calls that are left to transformers, too, are
-    those without labels or input, with labels of another shape than the tokens, with a tuple as result, with
-    `logits_to_keep`, and those whose output layer is no plain `nn.Linear`.
+    False, or None, which means True in evaluation and False in training. A call is left to transformers, too, if it has
+    no labels or no input, or labels of another shape than the tokens. So is a call with a tuple as result, with
+    `logits_to_keep`, or with an output layer that is no plain `nn.Linear`.
     """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -183,7 +194,8 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
 def _trunk(model: Any, head: Head, call: dict) -> Any:
     """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes.
 
-    `head` is the `Head` of the model's class. `call` holds the arguments of the model's call by name.
+    `head` is the `Head` of the model's class. `call` holds the arguments of the model's call by name, of which labels
+    and other arguments of the loss are left out.
     """
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
     return model.get_submodule(head.trunk)(**names)
@@ -192,7 +204,8 @@ def _trunk(model: Any, head: Head, call: dict) -> Any:
 def _targets(call: dict) -> Tensor:
     """Return labels [..., T] in which each position has the label of the next one, and the last position is ignored.
 
-    `call` holds the arguments of the call by name. Its `shift_labels`, if given, are returned as they are.
+    `call` holds the arguments of the call by name. Its `ignore_index` (-100 by default) marks what is ignored. Its
+    `shift_labels`, if given, are returned as they are.
     """
     if call.get("shift_labels") is not None:
         return call["shift_labels"]
@@ -203,7 +216,8 @@ def _targets(call: dict) -> Tensor:
 def _zero_without_labels(output: Any, call: dict) -> Any:
     """Return the output of transformers' head with a loss of 0 instead of NaN if all labels are ignored.
 
-    `call` holds the arguments of the call by name. An output without labels is returned as it is.
+    `output` is an output object, whose loss is replaced in place, or a tuple that begins with the loss. `call` holds
+    the arguments of the call by name. If they have no labels, the output is returned as it is.
     """
     if call.get("labels") is None:
         return output
@@ -219,8 +233,9 @@ def _zero_without_labels(output: Any, call: dict) -> Any:
 def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: Any) -> Any:
     """Return an output of class `kind` with `fields`, the cache and states of the trunk's `outputs`, and the logits.
 
-    The logits are lm_head(hidden), with the output layer `lm_head`, and are computed when they are read. In a compiled
-    graph the output has no logits. Under `torch.jit.trace` they are computed at once.
+    The cache and states are the key-value cache, hidden_states, attentions and cross_attentions, as far as both classes
+    have them. The logits are lm_head(hidden), with the output layer `lm_head`, and are computed when they are read. In
+    a compiled graph the output has no logits. Under `torch.jit.trace` they are computed at once.
     """
     passed = {
         name: getattr(outputs, name)
@@ -252,7 +267,10 @@ class Deferred:
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
-        """Return lm_head(hidden), or raise `RuntimeError` if weights or hidden states changed after construction."""
+        """Return lm_head(hidden), computed in the gradient mode and under the autocast of the pass.
+
+        Raise `RuntimeError` if weights or hidden states changed after construction.
+        """
         if self._is_stale():
             raise RuntimeError(
                 "gpt_fast.accelerate: logits has lm_head weights or hidden states that changed after the pass; "
@@ -262,7 +280,10 @@ class Deferred:
             return self.lm_head(self.hidden)
 
     def _is_stale(self) -> bool:
-        """Return True if the hidden states or the output layer's parameters were replaced or written since the pass."""
+        """Return True if the hidden states or the output layer's parameters were replaced or written since the pass.
+
+        Writes are found by autograd's counts and, for parameters, by a sample of values.
+        """
         now = _parameters(self.lm_head)
         return (
             len(now) != len(self.parameters)
@@ -292,9 +313,9 @@ _BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transf
 def _is_read_by_wrapper() -> bool:
     """Return True if the code that reads the logits belongs to DDP, FSDP or Accelerate, which copy a model's output.
 
-    The call stack tells who reads. The reader is the nearest frame whose module is not in `_BETWEEN`. It is such a
-    wrapper if the name of its module begins with an entry of `_WRAPPERS`. Accelerate's function `convert_to_fp32` (in
-    the module `_OPERATIONS`) counts too, although its module is in `_BETWEEN`.
+    The call stack tells who reads: the nearest frame outside of modules that read outputs on behalf of a caller, such
+    as `dataclasses` and this one. Accelerate's function `convert_to_fp32` counts as a wrapper, too. The result is False
+    if no frame is left.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -311,8 +332,8 @@ def _is_read_by_wrapper() -> bool:
 def _deferring(kind: Any) -> Any:
     """Return a subclass of the output class `kind` whose logits are computed when they are first read.
 
-    A wrapper that rebuilds outputs (see `_is_read_by_wrapper`) gets the `Deferred` itself. A pickle or a copy of an
-    instance is an instance of `kind` itself, with computed logits.
+    Its field `logits` takes a `Deferred`. DDP, FSDP and Accelerate, which rebuild outputs, get the `Deferred` itself. A
+    pickle or a copy of an instance is an instance of `kind` itself, with computed logits.
     """
 
     class Output(kind):
@@ -322,7 +343,11 @@ def _deferring(kind: Any) -> Any:
 
         @property
         def logits(self) -> Any:
-            """Return the logits. The first read computes them, unless a wrapper reads them to rebuild the output."""
+            """Return the logits. The first read computes them, unless a wrapper reads them to rebuild the output.
+
+            A wrapper (DDP, FSDP or Accelerate) gets the `Deferred` itself. Raise `RuntimeError` if weights or hidden
+            states changed before the first read.
+            """
             value = self.__dict__.get("logits")
             if isinstance(value, Deferred) and "gpt_fast_ready" in self.__dict__ and not _is_read_by_wrapper():
                 self["logits"] = value = value()

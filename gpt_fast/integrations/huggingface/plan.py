@@ -21,9 +21,10 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
 
     A trunk, such as `GPT2Model`, gives the patches of itself, its blocks and their attention; a block by itself gives
     None. A model with a language-model head, such as `GPT2LMHeadModel`, gives one patch, whose forward computes the
-    loss. Any other model of GPT-2 or GPT-1 gives a patch without a forward. The list is empty if a known model is left
-    alone. `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or
-    left alone. A `Patch` holds a module and its new forward.
+    loss. Any other model of GPT-2 or GPT-1 gives a patch without a forward. Any other model of OPT, BioGPT, GPT-Neo or
+    ImageGPT gives an empty list, and so does a trunk that is left alone. `name` is the path of `module` in the whole
+    model. `report` gets an entry for each module that is replaced or left alone. A `Patch` holds a module and its new
+    forward.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -82,9 +83,10 @@ _GPT1 = _Family(
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[Patch]:
     """Return the patches of a trunk (`GPT2Model` or `OpenAIGPTModel`), its blocks and their attention.
 
-    The list is empty if the trunk is left alone. `name` is the path of `trunk` in the whole model, and `family` holds
-    its classes and new forwards. `report` gets an entry for each module, or one for the whole trunk if that is left
-    alone. A `Patch` holds a module and its new forward.
+    The list is empty if the trunk is left alone: it, a block or an attention has a foreign class or forward, or its
+    heads are wider than 256. `name` is the path of `trunk` in the whole model, and `family` holds its classes and new
+    forwards. `report` gets an entry for each module, or one for the whole trunk if that is left alone. A `Patch` holds
+    a module, its new forward and attributes to set.
     """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)
@@ -142,7 +144,8 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
     """Return {attribute: value} to set on `model` so that it supports gradient checkpointing.
 
-    GPT-1 does not support it in transformers. The result is empty for a model that supports it already.
+    The result is {"supports_gradient_checkpointing": True} for GPT-1, which lacks it in transformers, and empty for a
+    model that supports it already.
     """
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 

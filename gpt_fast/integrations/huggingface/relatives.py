@@ -56,7 +56,7 @@ def opt_layer_forward(
     """Run a layer of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → [B, T, C].
 
     The arguments are those of transformers' forward, which runs instead, with a warning, if the ops do not support the
-    call.
+    call. The cache, `past_key_values` if given and else `cache`, is extended in place.
     """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
@@ -87,7 +87,8 @@ def gpt_neo_block_forward(
     """Run a block of GPT-Neo on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
+    keys and values, which is extended in place. A call that the ops do not support runs transformers' own forward, with
+    a warning.
     """
     attn = self.attn.attention
     reason, masks = _masks_of(self, attn, hidden_states, attention_mask, layer_past)
@@ -105,7 +106,8 @@ def imagegpt_block_forward(
     """Run a block of ImageGPT on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
+    keys and values, which is extended in place. A call that the ops do not support, such as one with an encoder's
+    states, runs transformers' own forward, with a warning.
     """
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
@@ -119,25 +121,28 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OPTForCausalLM`. See `losses.lm_head`.
+    """Run `OPTForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `BioGptForCausalLM`. See `losses.lm_head`.
+    """Run `BioGptForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPTNeoForCausalLM`. See `losses.lm_head`.
+    """Run `GPTNeoForCausalLM`, with the arguments and the output of its own forward.
 
-    In training with labels its loss is computed from hidden states, without logits.
+    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
+    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
     """
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
@@ -151,9 +156,9 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C]. x is the only positional argument.
+    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C].
 
-    A call with other arguments runs the forward of the class.
+    A call with anything but x as its one positional argument runs the forward of the class.
     """
     if len(args) != 1 or kwargs:
         return _plain.original(self, *args, **kwargs)
@@ -164,7 +169,10 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`."""
+    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`.
+
+    The residual additions are included. The cache gets the new keys and values.
+    """
     p = self.dropout if self.training else 0.0
     shape = x.shape
     pre_norm = getattr(self, "do_layer_norm_before", True)  # BioGPT has no such option
@@ -183,7 +191,8 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
     """Return attention's output [B, T, C] after its output projection, in OPT or BioGPT, for x [B, T, C].
 
-    `call` holds the masks, the cache and the dropout seed.
+    `call` holds the masks, the cache and the dropout seed. The cache gets the new keys and values. The dropout of the
+    output is left to the caller.
     """
     p = attn.dropout if attn.training else 0.0
     out = _attend(attn, (attn.q_proj, attn.k_proj, attn.v_proj), x, call, attn.layer_idx, attn.scaling, p)
@@ -191,7 +200,10 @@ def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`."""
+    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`.
+
+    The dropout of the hidden activation is included, and that of the output is left to the caller.
+    """
     p = getattr(layer, "activation_dropout", 0.0) if layer.training else 0.0
     name = blocks.activation_of(layer.activation_fn)
     fc, proj = layer.fc1, layer.fc2
@@ -202,7 +214,11 @@ def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`."""
+    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`.
+
+    The residual additions are included. The cache gets the new keys and values. A block of type "local" attends to the
+    last `window_size` keys.
+    """
     attn = self.attn.attention
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     window = attn.config.window_size if attn.attention_type == "local" else None
@@ -226,7 +242,8 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
     """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C] and the masks, cache and seed in `call`.
 
-    Its norms are called, because they divide by the root mean square, for which there is no op.
+    The residual additions are included. The cache gets the new keys and values. The norms are called, because they
+    divide by the root mean square, for which there is no op.
     """
     attn = self.attn
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
@@ -245,9 +262,9 @@ def _attend(
     """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`.
 
     The output projection is left to the caller. `projections` are the layers of queries, keys and values, or one layer
-    for all three. `call` holds the masks, the cache and the dropout seed. `scale` multiplies the scores, `p` is the
-    dropout probability of the probabilities, and `window` is the number of keys up to its own that a query sees, or
-    None for all.
+    for all three. `call` holds the masks, the cache and the dropout seed; the cache gets the new keys and values.
+    `scale` multiplies the scores, `p` is the dropout probability of the probabilities, and `window` is the number of
+    keys up to its own that a query sees, or None for all.
     """
     if len(projections) == 1:
         qkv = blocks.project(projections[0], x).unflatten(2, (3, attn.num_heads, -1))
@@ -264,9 +281,9 @@ def _attend(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a plain `nn.Linear`.
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is an `nn.Linear` without hooks.
 
-    The layer is called if x has few rows; see `blocks.has_few_rows`.
+    The layer is called, too, if x has fewer than 32 rows B T outside of a compiled graph.
     """
     return layer(x) if blocks.has_few_rows(x) else _plain.linear(layer, x)
 
@@ -298,8 +315,14 @@ def _checkpointed(block: Any, function: Callable, x: Tensor, call: Call) -> Tens
 def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[str | None, Masks | None]:
     """Return (None, masks) for a call of `block`, or (reason, None) if transformers has to run the call.
 
-    `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or [B or 1, H or
-    1, T or 1, S]) and `cache` transformers' cache. See `Masks`.
+    `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or
+    [B or 1, H or 1, T or 1, S]) and `cache` transformers' cache or None. `masks` holds causal, key_mask [B, S] and
+    mask, as `ops.attention` takes them. Without a mask attention is causal. Outside of graphs the result is also stored
+    as an attribute of the tensor `mask`, for the other blocks of the pass.
+
+    Reasons are a request for attention probabilities, non-causal attention, and another attention implementation than
+    sdpa or eager. Others are a cache that is no `DynamicCache` or comes under gradient checkpointing, several queries
+    with older keys and no mask, and a mask of another shape or with other values.
     """
     config = attn.config
     if getattr(config, "output_attentions", False):
@@ -338,7 +361,8 @@ def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None,
 
     `mask` is [B or 1, H or 1, T or 1, S], with T queries and S keys: a bool mask, True where attention is allowed, or a
     float mask of 0 and the smallest number. A float mask is refused if it holds other values, or if a graph is being
-    recorded. If `causal`, later keys are masked as well.
+    recorded or a `vmap` hides them. If `causal`, later keys are masked as well. A mask on the CPU that only hides later
+    keys and padding becomes `causal` and a `key_mask`, which is cheaper.
     """
     if mask.dtype == torch.bool:
         allowed = mask
@@ -430,8 +454,8 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
     A trunk is the model without its head. `name` is the path of `module` in the whole model. For a trunk `report` gets
     an entry for each module that is replaced or left alone. For an `ImageGPTForCausalImageModeling`, a model with its
     head, `report` gets an entry for the output layer, and the result is None. A `Patch` holds a module and its new
-    forward. `why_foreign(module, kind, label="")` returns why a call of the module does not
-    run the forward of the class `kind`, with `label` in front, or None if it does.
+    forward. `why_foreign(module, kind, label="")` returns why a call of the module does not run the forward of the
+    class `kind`, with `label` in front, or None if it does.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
@@ -476,7 +500,10 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_fore
 
 
 def _attention_of(block: Any) -> tuple[str, Any]:
-    """Return (path, module) of the attention in a block, with the path relative to the block."""
+    """Return (path, module) of the attention in a block, with the path relative to the block.
+
+    The path is "attn.attention" in GPT-Neo, "attn" in ImageGPT and "self_attn" in OPT and BioGPT.
+    """
     if isinstance(block, gpt_neo.GPTNeoBlock):
         return "attn.attention", block.attn.attention
     return ("attn", block.attn) if isinstance(block, imagegpt.ImageGPTBlock) else ("self_attn", block.self_attn)
@@ -485,8 +512,9 @@ def _attention_of(block: Any) -> tuple[str, Any]:
 def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str | None:
     """Return why the attention in `block` cannot be replaced, or None if it can.
 
-    `family` names the class of the block. `why_foreign(module, kind, label)` returns why a call of the module does not
-    run the forward of the class `kind`, with `label` in front, or None if it does.
+    Reasons are another class or forward, heads wider than 256, and `reorder_and_upcast_attn`. `family` names the class
+    of the block. `why_foreign(module, kind, label)` returns why a call of the module does not run the forward of the
+    class `kind`, with `label` in front, or None if it does.
     """
     attn = _attention_of(block)[1]
     reason = why_foreign(attn, _ATTENTIONS[family.block], "its attention ")
@@ -498,7 +526,11 @@ def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str
 
 
 def _note_block(path: str, block: Any, report: Report) -> None:
-    """Add an entry to `report` for each attention, projection, norm and MLP in the block at `path`."""
+    """Add an entry to `report` for each attention, projection, norm and MLP in the block at `path`.
+
+    An entry names the op that replaces the module, or the reason why the module is called. Attention is noted as
+    replaced.
+    """
     where, attn = _attention_of(block)
     report.note(f"{path}.{where}", attn, "attention", None)
     for one in ("q_proj", "k_proj", "v_proj", "out_proj", "c_attn", "c_proj"):
@@ -526,7 +558,11 @@ def _note_block(path: str, block: Any, report: Report) -> None:
 
 
 def _why_no_norm(norm: Any) -> str | None:
-    """Return why the op of LayerNorm cannot replace `norm`, or None if it can."""
+    """Return why the op of LayerNorm cannot replace `norm`, or None if it can.
+
+    Reasons are ImageGPT's norm, which subtracts no mean, another class, hooks, an own forward, and several normalised
+    dimensions.
+    """
     if isinstance(norm, imagegpt.ImageGPTLayerNorm):
         return "divides by the root mean square without subtracting the mean: called"
     return _plain.why_no_norm(norm)

@@ -38,11 +38,13 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the `Checkpoint` in a file: state dict, `model_args`, progress and the names of entries that are not used.
+    """Return the `Checkpoint` in a file: `state_dict`, `model_args`, `progress` and `left_out`.
 
-    The file may hold a bare state dict. Its `model_args` are None. The tensors are mapped into memory and not read.
-    Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
-    checkpoint.
+    `progress` has the entries "iter_num", "best_val_loss" and "config", as far as the file has them. `left_out` names
+    the file's entries that are not used. For a bare state dict these are empty and `model_args` is None. The state dict
+    and `model_args` of a checkpoint are not validated here. The file is read once for its checksums; the tensors are
+    then mapped into memory, on the CPU. Raises `ValueError` for a file that is damaged, compressed, holds anything but
+    tensors and plain values, or is no checkpoint.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
@@ -58,6 +60,8 @@ def read(path: Path) -> Checkpoint:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors, by name, of a state dict that another library pickled, such as pytorch_model.bin.
 
+    The tensors are mapped into memory, on the CPU.
+
     Raises:
         ValueError: The file is damaged or holds anything but named tensors.
     """
@@ -71,9 +75,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    """Return the content of a file that `torch.save` wrote, tensors and plain values, whose unpickling runs no code.
+    """Return what `torch.save` wrote into a file, without running code of the file; tensors are mapped, on the CPU.
 
-    Raises `ValueError` for a damaged file and for any other content.
+    Raises `ValueError` if the file is damaged or compressed, or holds anything but tensors and plain values.
     """
     _check_archive(path)
     try:
@@ -87,8 +91,9 @@ def _load(path: Path) -> Any:
 def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any], progress: dict[str, Any]) -> None:
     """Write nanoGPT's checkpoint, whole or not at all, with the state of an optimizer that has made no step.
 
-    `state_dict` and `model_args` have nanoGPT's names. `progress` holds the entries "iter_num", "best_val_loss" and
-    "config" of the checkpoint, each of which may be missing. Raises `OSError` if the file cannot be written.
+    `state_dict` and `model_args` have nanoGPT's names. `progress` holds the checkpoint's entries "iter_num" (0 if
+    missing), "best_val_loss" (1e9) and "config" (empty). An existing file is replaced. Raises `OSError` if the file
+    cannot be written.
     """
     checkpoint = {
         "model": state_dict,
@@ -106,10 +111,10 @@ def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any],
 
 
 def _check_archive(path: Path) -> None:
-    """Raise `ValueError` unless the file is an undamaged zip archive, as `torch.save` writes it.
+    """Raise `ValueError` unless the file is a zip archive, as `torch.save` writes it, with correct checksums.
 
-    An archive is refused, too, if it is compressed, has two records of one name, or has records that are larger than
-    the file, because reading it could take more memory than the file has bytes.
+    The whole file is read. A compressed archive is refused, too, and one with two records of one name or with records
+    larger than the file. Reading it could take more memory than the file has bytes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -128,7 +133,10 @@ def _check_archive(path: Path) -> None:
 
 
 def _why_refused(error: Exception) -> str:
-    """Return why `torch.load` refused a file, by its `error`, with advice if the file holds a configuration object."""
+    """Return, as text, why `torch.load` refused a file with `error`.
+
+    If the file holds an object of a class whose name ends in "Config", the text advises how to convert the file.
+    """
     found = _REFUSED.search(str(error))
     if found is None:
         reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
@@ -146,8 +154,10 @@ def _why_refused(error: Exception) -> str:
 def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the entries "iter_num", "best_val_loss" and "config" of a checkpoint's `content`, as far as it has them.
 
-    These are the step, the best validation loss, if finite, and the settings whose values are numbers or strings.
-    `path` names the file in messages. Raises `ValueError` for an entry of another type.
+    "iter_num" is the step. "best_val_loss" becomes a float and is left out if it is not finite. "config" holds the
+    settings whose names are strings and whose values are numbers, bools or strings; others are left out. `path` names
+    the file in messages. Raises `ValueError` if the step is no integer of 0 or more, the loss no number, or "config" no
+    mapping.
     """
     progress: dict[str, Any] = {}
     if "iter_num" in content:
@@ -175,7 +185,8 @@ def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
 def _new_optimizer(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """Return the `state_dict()` of a new AdamW for the parameters in `state_dict`, in nanoGPT's two groups.
 
-    The first group holds the matrices, which have weight decay, and the second one gains and biases.
+    The first group holds the matrices, which have weight decay, and the second one gains and biases. "lm_head.weight"
+    is not counted, because it is the token embedding.
     """
     dims = [tensor.dim() for name, tensor in state_dict.items() if name != "lm_head.weight"]  # tied: one parameter
     groups = [

@@ -30,10 +30,13 @@ def from_checkpoint(
     """Write the model in a file of nanoGPT, minGPT, build-nanogpt or llm.c as the folder `out`, whole or not at all.
 
     `tokenizer` is a tokenizer.json. `characters` is the text whose characters are the vocabulary of a character-level
-    model. `heads` and `activation` are needed for a bare state dict, which does not hold them. The result has the keys
-    "model", "from" ("nanoGPT" or "llm.c"), "numbers" (parameters), "dtype", "activation", "tied", "tokenizer" (True if
-    one was written) and "left_out" (entries of the file that are not used). Raises `ValueError` for a file that is none
-    of these or does not fit the options, `OSError` if `out` exists.
+    model. At most one of the two may be given. `heads` and `activation` are needed for a bare state dict, which does
+    not hold them. Both are refused for llm.c, and `heads` for a file with `model_args`.
+
+    The result has the keys "model", "from" ("nanoGPT" or "llm.c"), "numbers" (parameters), "dtype", "activation",
+    "tied", "tokenizer" (True if one was written) and "left_out" (entries of the file that are not used). Raises
+    `ValueError` for a file that is none of these or does not fit the options, `OSError` if `out` exists or `source`
+    cannot be read.
     """
     _check_new(out)
     head = _first_bytes(source)
@@ -73,10 +76,11 @@ def from_checkpoint(
 
 
 def to_checkpoint(source: Path, out: Path) -> dict[str, Any]:
-    """Write the model in the folder `source` as nanoGPT's checkpoint `out`, whole or not at all.
+    """Write the model in the folder `source` as nanoGPT's checkpoint, the file `out`, whole or not at all.
 
-    The result has the keys "model" ("nanoGPT"), "from" (class of the model) and "numbers" (parameters). Raises
-    `ValueError` for a model that nanoGPT cannot hold, `OSError` if something is missing or `out` exists.
+    Missing parent folders of `out` are created. The result has the keys "model" ("nanoGPT"), "from" (class of the
+    model) and "numbers" (parameters). Raises `ValueError` for a model that nanoGPT cannot hold, `OSError` if a file of
+    `source` is missing or `out` exists.
     """
     _check_new(out)
     name, _ = model_folder.read_config(source)
@@ -118,8 +122,9 @@ def _first_bytes(source: Path) -> bytes:
 def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: str | None) -> Any:
     """Return nanoGPT's `model_args` of a checkpoint; for a bare state dict, those that its shapes and `heads` imply.
 
-    Raises `ValueError` if `heads` is given beside `model_args`, if a bare state dict comes without `heads` and
-    `activation`, or if `model_args` are too old to tell the activation and none is given.
+    `heads` is the number of attention heads. Raises `ValueError` if `heads` is given although there are `model_args`,
+    or if a bare state dict comes without `heads` or without `activation`. It also does so if `model_args` lack "bias"
+    or "dropout", as old ones do, and `activation` is None.
     """
     args = loaded.model_args
     if args is not None:
@@ -142,8 +147,8 @@ def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: st
 def _tokenizer(path: Path | None, characters: Path | None, rows: int) -> Tokenizer | None:
     """Return the tokenizer in the file `path`, or one for the characters in the file `characters`.
 
-    The result is None if both are None. Raises `ValueError` if both are given, or if the tokenizer's vocabulary does
-    not fit the model's `rows` token embeddings.
+    The result is None if both are None. Raises `ValueError` if both are given. It also does so if the tokenizer has ids
+    beyond the model's `rows` token embeddings, its special tokens aside, or if the characters are not exactly `rows`.
     """
     if path is not None and characters is not None:
         raise ValueError(f"--tokenizer {path} and --characters {characters}: expected one of them")
@@ -160,15 +165,20 @@ def _tokenizer(path: Path | None, characters: Path | None, rows: int) -> Tokeniz
 
 
 def _start_token(tokenizer: Tokenizer, rows: int) -> int | None:
-    """Return the id of "<|endoftext|>", the token between GPT-2's documents, or None if it is not below `rows`."""
+    """Return the id of "<|endoftext|>", the token between GPT-2's documents, in the tokenizer.
+
+    The result is None if the tokenizer lacks the token, or if the id is not below `rows`, the number of token
+    embeddings.
+    """
     token = tokenizer.token_to_id("<|endoftext|>")
     return token if token is not None and token < rows else None
 
 
 def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
-    """Return a tokenizer whose tokens are the characters of the text in `path`.
+    """Return a tokenizer whose tokens are the different characters of the text in the file `path`, in sorted order.
 
-    Raises `ValueError` if the text is not UTF-8 or has another number of different characters than `rows`.
+    Raises `ValueError` if the text is not UTF-8 or has another number of different characters than `rows`, the size of
+    the model's vocabulary.
     """
     try:
         letters = sorted(set(path.read_text(encoding="utf-8")))
@@ -184,8 +194,9 @@ def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
 def _progress(source: Path) -> dict[str, Any]:
     """Return the entries "iter_num" (step) and "best_val_loss" of the model folder `source`, as far as they are known.
 
-    A folder that was made from a checkpoint has them in `PROGRESS`, with "config" (settings) if the checkpoint had it.
-    Otherwise they come from run.json of the run that trained the model. The result is empty without both files.
+    A folder that was made from a checkpoint has them in nanogpt.json, with "config" (settings) if the checkpoint had
+    it. Otherwise they come from "steps" and "valid_loss" in run.json of the run that trained the model. The result is
+    empty without both files.
     """
     if (source / PROGRESS).is_file():
         return checkpoint.progress_of(source / PROGRESS, read_object(source / PROGRESS))

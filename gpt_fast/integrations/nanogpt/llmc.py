@@ -30,8 +30,10 @@ _LAYER_TENSORS = (  # nanoGPT's name, shape in units of C
 def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
     """Return (tensors, config) of llm.c's model file: the tensors by nanoGPT's names, and the configuration.
 
-    The tensors are mapped into memory and not read yet. Raises `ValueError` for another kind of file, a header with a
-    wrong value, or a file of another size than the header asks for.
+    The tensors are float32 or bfloat16, mapped into memory and not read yet. The rows of the padded vocabulary are left
+    out, and "lm_head.weight" is the token embedding. The configuration is GPT-2's with "gelu_tanh" and no dropout.
+    Raises `ValueError` for another kind of file, a header with a wrong value, or a file of another size than the header
+    asks for.
     """
     with path.open("rb") as file:
         head = file.read(4 * HEADER)
@@ -76,8 +78,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
 def _check_sizes(path: Path, sizes: dict[str, int], rest: list[int]) -> None:
     """Raise `ValueError` if one of the header's `sizes` is wrong, or if the `rest` of the header is not 0.
 
-    `sizes` maps names to values. Each has to be 1 or more, the padded vocabulary no smaller than the vocabulary, and
-    "channels" a multiple of "num_heads" with heads of at most 256. `path` names the file in messages.
+    `sizes` has max_seq_len, vocab_size, num_layers, num_heads, channels and padded_vocab_size. Each has to be 1 or
+    more, the padded vocabulary no smaller than the vocabulary, and "channels" a multiple of "num_heads" with heads of
+    at most 256. `path` names the file in messages.
     """
     for name, value in sizes.items():
         if value < 1:

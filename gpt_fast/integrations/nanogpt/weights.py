@@ -41,10 +41,11 @@ _LINEARS = (  # nanoGPT's, our weight and bias, rows and columns in units of C
 
 
 def from_nanogpt(kind: Any, state_dict: Any, model_args: Any, overrides: dict[str, Any]) -> Any:
-    """Return a model of class `kind` with nanoGPT's weights. See `GPTForCausalLM.from_nanogpt`.
+    """Return a model of class `kind` with nanoGPT's weights, in the dtype and on the device of the tensors.
 
-    `state_dict` and `model_args` (sizes and options) have nanoGPT's names, and `overrides` are fields of `GPTConfig`.
-    Raises `ValueError` if `model_args` or a tensor is wrong.
+    `state_dict` and `model_args` (sizes and options) have nanoGPT's names, and `overrides` are fields of `GPTConfig`
+    that replace those of `model_args`. The output layer is tied to the token embedding if both weights are equal.
+    Raises `ValueError` if `model_args` or a tensor is wrong, missing or unexpected.
     """
     config = read_model_args(model_args, overrides)
     state = _checked_state(state_dict)
@@ -54,8 +55,10 @@ def from_nanogpt(kind: Any, state_dict: Any, model_args: Any, overrides: dict[st
 def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
     """Return the configuration that nanoGPT's `model_args` describe, with the fields in `overrides` replaced.
 
-    Raises `ValueError` if `model_args` is no dictionary, lacks a size, or has another option or a wrong value. Without
-    "bias" or "dropout" in `model_args` it does not tell the activation, and `overrides` has to.
+    `model_args` needs the sizes block_size, vocab_size, n_layer, n_head and n_embd. It may have bias (True if missing)
+    and dropout (0.0 if missing). The activation is "gelu" unless `overrides` has another. If bias or dropout is
+    missing, `overrides` must have "activation". Raises `ValueError` if that is missing, or if `model_args` is no
+    dictionary, lacks a size, or has another option or a wrong value.
     """
     if not isinstance(model_args, Mapping):
         raise ValueError(f"{USER}: model_args is {described(model_args)}; expected a dictionary of nanoGPT's sizes")
@@ -96,10 +99,11 @@ def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
 
 
 def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
-    """Return a model of class `kind` and this configuration with the tensors in `state`, which have nanoGPT's names.
+    """Return a model of class `kind` and this configuration with copies of the tensors in `state`.
 
-    All names, shapes, dtypes and devices are checked before memory is taken. Raises `ValueError` if a tensor is
-    missing, unexpected, or does not fit.
+    The tensors have nanoGPT's names. The model gets the dtype and device of the token embedding. The output layer's
+    tensor is not copied if `config.tied`. All names, shapes, dtypes and devices are checked before memory is taken.
+    Raises `ValueError` if a tensor is missing, unexpected, or does not fit.
     """
     blocks = {int(found[1]) for found in map(_BLOCK_NAME.match, state) if found}
     if len(blocks) != config.num_layers:
@@ -138,8 +142,9 @@ def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
 def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
     """Return the `model_args` that a bare state dict implies: sizes by its shapes, `n_head` by `heads`, no dropout.
 
-    Raises `ValueError` if an embedding is missing or no matrix, or if `state_dict` holds anything but floating-point
-    tensors and causal masks.
+    The keys are n_layer, n_head, n_embd, block_size, vocab_size, bias (True if the last norm has one) and dropout
+    (0.0). Raises `ValueError` if one of the two embeddings is missing or no matrix, or if `state_dict` holds anything
+    but floating-point tensors and causal masks.
     """
     state = _checked_state(state_dict)
     for name in (_TABLE, _POSITIONS):
@@ -155,10 +160,11 @@ def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
 
 
 def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return nanoGPT's (state_dict, model_args) for `ours`, a `GPTForCausalLM`. See `GPTForCausalLM.to_nanogpt`.
+    """Return nanoGPT's (state_dict, model_args) for `ours`, a `GPTForCausalLM`.
 
-    The tensors share memory with the model's parameters. Raises `ValueError` if nanoGPT has no such model, or if a
-    module is not what the configuration says.
+    The tensors are detached and share memory with the model's parameters. `model_args` has n_layer, n_head, n_embd,
+    block_size, bias, vocab_size and dropout. Raises `ValueError` if nanoGPT has no model like `ours`, or if a module of
+    `ours` is not what its configuration says.
     """
     reason = guard.why_changed(ours, guard.make_ours(ours), _OURS_TIED)
     if reason is not None:
@@ -178,7 +184,12 @@ def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_expressible(config: GPTConfig, tied: bool) -> None:
-    """Raise `ValueError` if nanoGPT has no field for an option of `config`, or if the output layer is not `tied`."""
+    """Raise `ValueError` if nanoGPT has no field for an option of `config`, or if the output layer is not `tied`.
+
+    nanoGPT has pre-norm blocks, the exact GELU, no output bias, `ff_dim` 4 times the width, epsilon 1e-5, no dropout on
+    the hidden activation, and one dropout rate for embeddings, attention and residuals. The message names all options
+    that differ.
+    """
     rates = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
     lacking = [
         problem
@@ -199,10 +210,11 @@ def _check_expressible(config: GPTConfig, tied: bool) -> None:
 
 
 def _checked_state(state_dict: Any) -> dict[str, Tensor]:
-    """Return the tensors by name, without the prefixes of wrappers and without causal masks, which are buffers.
+    """Return the detached tensors of a state dict by name, without prefixes of wrappers and without causal masks.
 
-    The tensors may come from any file. Raises `ValueError` for one that is not dense, not floating point, or named
-    twice, and for a mask that is not causal.
+    The prefixes are "module." and "_orig_mod.". The tensors may come from any file. Raises `ValueError` if `state_dict`
+    is no mapping or has a key that is no string. Raises it for a tensor that is not dense, is larger than its storage,
+    is there twice, or is not float32, bfloat16 or float16. Raises it for a mask "attn.bias" that is not causal.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{USER}: state_dict is {described(state_dict)}; expected names and tensors")
@@ -234,9 +246,9 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _check_mask(name: str, mask: Tensor) -> None:
-    """Raise `ValueError` unless `mask` is a causal mask [1, 1, T, T]: this library's model has no other.
+    """Raise `ValueError` unless `mask` is a causal mask [1, 1, T, T], nonzero where a token may attend.
 
-    `name` is the mask's name in the state dict, for the message.
+    This library's model has no other mask. `name` is the mask's name in the state dict, for the message.
     """
     n = mask.shape[-1] if mask.dim() == 4 else 0
     positions = torch.arange(n, device=mask.device)
@@ -245,9 +257,10 @@ def _check_mask(name: str, mask: Tensor) -> None:
 
 
 def _is_tied(state: dict[str, Tensor]) -> bool:
-    """Return True if the output layer's weight is the token embedding's, or equal to it; files may keep two copies.
+    """Return True if the output layer's weight is the token embedding's, or has equal values.
 
-    True as well if one of the two is missing, which `build` reports.
+    `state` has nanoGPT's names, and files may keep two copies. The result is True, too, if one of the two weights is
+    missing. It is False if their shapes, dtypes or devices differ.
     """
     output, table = state.get(_OUTPUT), state.get(_TABLE)
     if output is None or table is None:
@@ -258,7 +271,10 @@ def _is_tied(state: dict[str, Tensor]) -> bool:
 
 
 def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return nanoGPT's name → (our name, nanoGPT's shape) of every tensor, in the order of nanoGPT's state dict."""
+    """Return {nanoGPT's name: (our name, nanoGPT's shape)} of each tensor, in the order of nanoGPT's state dict.
+
+    Biases are included only if `config.bias`.
+    """
     V, T, C = config.num_tokens, config.seq_len, config.hidden_dim
     names: dict[str, tuple[str, tuple[int, ...]]] = {
         _TABLE: ("trunk.token_emb.weight", (V, C)),
@@ -266,9 +282,10 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
     def add(theirs: str, ours: str, shape: tuple[int, ...]) -> None:
-        """Add the weight of a layer with this shape and, if the configuration has biases, its bias.
+        """Add the weight of a layer with this shape to `names` and, if the configuration has biases, its bias.
 
-        `theirs` is nanoGPT's name of the layer. `ours` is put in front of "weight" and "bias" in this library's names.
+        `names` and the configuration are those of the enclosing function. `theirs` is nanoGPT's name of the layer.
+        `ours` is put in front of "weight" and "bias" in this library's names. The bias has the first size of `shape`.
         """
         names[f"{theirs}.weight"] = (f"{ours}weight", shape)
         if config.bias:
@@ -286,15 +303,19 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _listed(names: list[Any]) -> str:
-    """Return the first three names as text for a message, and how many more there are."""
+    """Return the first three names, with commas between them, as text for a message, and how many more there are.
+
+    Names are cut to 80 characters.
+    """
     shown = ", ".join(name[:80] if isinstance(name, str) else _shown(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _shown(value: Any) -> str:
-    """Return a value as text for a message.
+    """Return a value as text for a message: the repr of a number, bool or string, and "of type <class>" for others.
 
-    Very long integers, which Python refuses to write, appear by their length.
+    Strings are cut to 40 characters. Integers of more than 128 bits appear by their number of bits, because Python
+    refuses to write very long ones.
     """
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length():,} bits"
