@@ -115,8 +115,8 @@ def file_rows(
 
     The text of `place`, `str(place)`, is "line 5" or "row 5". `kind` is "jsonl", "json" (an array), "object" (a file
     with one JSON object), "csv", "tsv" or "parquet". For "json" and "object" a row may also be another JSON value.
-    `options` and `say` are for "csv" and "tsv" alone. `options` hold the names of the columns of a file without a header
-    line, and whether to skip rows with another number of fields. `say` is called with messages for the user.
+    `options` and `say` are for "csv" and "tsv" alone. `options` hold the names of the columns of a file without a
+    header line, and whether to skip rows with another number of fields. `say` is called with messages for the user.
 
     `start` and `end` choose a part of a "jsonl" or "parquet" file, and other kinds ignore them. A "jsonl" file yields
     the lines that begin at byte `start` of its text or later, and before byte `end`. A "parquet" file yields the row
