@@ -366,7 +366,7 @@ def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
-    """Add the five special tokens that `tokenizer` lacks to it, in place, and return it.
+    """Return `tokenizer` itself, to which this function adds the special tokens that it lacks, in place.
 
     The tokenizer then encodes text that spells a special token, such as `<|pad|>`, as ordinary text.
     """
