@@ -109,11 +109,11 @@ def _in_folder(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the token files of `units` into `settings.out` and return the content of data.json, as `prepare` does.
+    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return what data.json holds.
 
-    `units` are ranges of the data, and `plan_hash` identifies the inputs. Unless `settings.overwrite`, this function
-    returns data.json at once if the folder already holds the files of that hash, and resumes from the token files of
-    single units if a stopped run with that hash left them. With `settings.overwrite`, the folder is deleted first.
+    `units` are ranges of the data to tokenise, and `plan_hash` identifies the inputs. With `settings.overwrite`, the
+    folder is deleted first. Otherwise, if the folder already holds the files of that hash, this function returns
+    data.json at once. If a stopped run with that hash left the token files of single units, it resumes from them.
     `show(done, total)` is called with the number of units that are done and of all units, `say` with messages for the
     user.
 
@@ -390,7 +390,7 @@ def _tokenizer(text: str) -> tuple[Tokenizer, Keeps]:
 
 
 def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the ids in files of raw ids of type `dtype`, file by file, as arrays of at most `_CHUNK` ids."""
+    """Yield the ids in files of raw ids of type `dtype`, file by file, as arrays of at most 2**20 ids."""
     for path in paths:
         with path.open("rb") as file:
             while len(ids := np.fromfile(file, dtype, _CHUNK)):
@@ -450,9 +450,10 @@ def _made_from(path: Path) -> str | None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return the content of the data.json at `path`, whose fields `prepare` describes.
+    """Return the content of the data.json at `path`: a dict as `prepare` returns it.
 
-    Return {} if the file is missing or damaged, lacks a field, or has one of another type.
+    Its fields are data, tokenizer, dtype, plan, vocabulary, and train_documents, train_tokens, valid_documents and
+    valid_tokens. Return {} if the file is missing or damaged, lacks a field, or has one of another type.
     """
     try:
         record = read_object(path)

@@ -108,8 +108,8 @@ def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
 def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Iterator[tuple[str, bool, str]]:
     """Yield (part, begins, text) for each piece of the text in a unit, which is a range of the data (see `Unit`).
 
-    `part` is "train" or "valid", `begins` is True if a document begins with this piece, and `text` has at most 32,768
-    characters, or is "" for a table's row without text. Each row of a table is a document, and of a unit for both parts
+    `part` is "train" or "valid", and `begins` is True if a document begins with this piece. `text` has at most 32,768
+    characters, or is "" for a table's row without text. Each row of a table is a document. In a unit for both parts,
     each tenth row is "valid". `text_column` is the column of a table to read. `keeps(text, index)` is True if a cut of
     a text at that index changes no token; None allows each cut. Raise `ValueError` for text that is not UTF-8 or holds
     NUL bytes, and for rows without the column.

@@ -147,13 +147,13 @@ class WindowOrder:
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:
-        """Return where in the stream window number `position` begins.
+        """Return where in the stream window number `position` of the shuffled order begins.
 
         Args:
             position: The window's number in the order, counted from 0 over all passes.
 
         Returns:
-            Index of the window's first token in the stream.
+            Index of the window's first token in the stream. The same seed and sizes always give the same one.
         """
         which, index = divmod(position, self.per_pass)
         room = min(self.seq_len - 1, self.num_tokens - self.per_pass * self.seq_len)

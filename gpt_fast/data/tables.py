@@ -133,7 +133,7 @@ def read_table(
     r"""Read a file's columns of texts and labels into a `Table`.
 
     Args:
-        path: A .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed.
+        path: A .csv, .tsv, .jsonl, .json or .parquet file. All but a .parquet may be compressed.
         text_column: Column of the text. If no column has this very name, a name with commas names several columns,
             whose texts are joined by line ends.
         label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, except
@@ -150,9 +150,9 @@ def read_table(
     Raises:
         FileNotFoundError: There is no such file.
         MissingColumn: A column is missing. This is a `ValueError`.
-        ValueError: A text is no text, a label is missing (unless "" is in `skip_labels` of `options`) or no label, or
-            the table is empty, damaged or not UTF-8, or takes more memory than is left. The message names the line of a
-            wrong row.
+        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or a row has no text,
+            has no label (unless "" is in `skip_labels` of `options`), or holds something else than a label or a text.
+            The message names the line of a wrong row.
 
     Example:
         ```python

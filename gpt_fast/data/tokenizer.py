@@ -209,8 +209,8 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Return {name: id} of the five special tokens, by the names of their fields in `GPTConfig`.
 
-    The names are pad_token, mask_token, start_token, delimiter_token and extract_token. The tokenizer has to have all
-    five.
+    The names are pad_token, mask_token, start_token, delimiter_token and extract_token. Raise `KeyError` if the
+    tokenizer lacks one of the tokens.
     """
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return {field: ids[token] for field, token in SPECIAL_TOKENS.items()}

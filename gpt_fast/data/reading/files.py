@@ -113,13 +113,15 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
 
     The endings .csv, .tsv, .jsonl, .ndjson and .parquet decide alone. A .json file is "json" if it holds an array, and
     "jsonl" if it holds an object on each line. A file without an ending is "jsonl" if its first line is an object.
-    Other files are "text". If `in_folder`, the file was found in a folder or an archive. Then a .json file of another
-    form, such as a package.json among source code, is "text".
+    Other files are "text".
+
+    `in_folder` tells that the file was found in a folder or an archive. Then a .json file of another form, such as a
+    package.json among source code, is "text". Otherwise it is "jsonl" if it is one object on one line, and else an
+    error.
 
     Raises:
         ValueError: The file is a token file (.bin), a parquet table that is compressed or in an archive, a tar archive,
-            or a document that is not text, such as a PDF. Or it is a .json file with one value that is not an object on
-            one line, and not `in_folder`.
+            or a document that is not text, such as a PDF. Or it is a .json file with one value, as described above.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:

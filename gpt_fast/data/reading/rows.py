@@ -52,8 +52,8 @@ def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> I
     fields than columns. `say` is called with messages about the quotes of a .tsv and about rows that were skipped.
 
     Raise `FileNotFoundError` if there is no such file. Raise `ValueError` for another ending or a folder, for a file
-    that is damaged or not UTF-8, for a row that has no named fields, and for `options.columns` of a file that names its
-    columns itself. Errors come with the first row that is asked for, or later.
+    that is damaged or not UTF-8, and for a row that has no named fields. Also raise it if `options.columns` is given
+    for a file that names its columns itself. Errors come with the first row that is asked for, or later.
     """
     kind = table_kind(path)
     if not path.is_file():
@@ -282,10 +282,9 @@ def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
 def _json_array(file: TextFile) -> Rows:
     """Yield ("row 5", value) for each value of the JSON array in a file, counted from 1.
 
-    The array is parsed value by value, without holding all of it in memory.
-
-    Raise `ValueError` if the file holds something else than one array, or a value is longer than `files.ROW` (2**26)
-    characters. Bytes that are not UTF-8 raise `UnicodeDecodeError`.
+    The array is parsed value by value, without holding all of it in memory. Raise `ValueError` if the file holds
+    something else than one array, or a value is longer than `files.ROW` (2**26) characters. Bytes that are not UTF-8
+    raise `UnicodeDecodeError`.
     """
     with open_utf8(file) as opened:
         text = _Ahead(file, opened)
@@ -325,11 +324,11 @@ def _json_object(file: TextFile) -> Rows:
 
 
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
-    """Return the JSON value in `text`.
+    """Return the JSON value in the bytes `text`.
 
     Raise `ValueError`, which names the file and the place, if `text` is not valid JSON. `place` is the row's position,
     such as "line 5", or None for a whole file. For None, bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
-    An object that has a field twice is not valid.
+    An object that has a field twice, and JSON that is nested too deeply, are not valid.
     """
     where = file if place is None else f"{file}, {place}"
     try:

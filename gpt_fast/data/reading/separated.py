@@ -128,10 +128,12 @@ def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
     """Return (quoting, message) for a .tsv file: how its quotes are to be read, and a message about it for the user.
 
     `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The file is read in
-    both ways, and the rows of the two readings decide, as the docstring of `tsv_quoting` explains. The result for a
-    file without quotes is (`csv.QUOTE_NONE`, ""). `options.columns` are the names of the columns if the file has no
-    header line. `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a file that
-    has changed is read again.
+    both ways. Quotes are syntax if that reading has no error and as many fields in each row as there are columns, and
+    the other reading does not speak against it (see `tsv_quoting`). The result for a file without quotes is
+    (`csv.QUOTE_NONE`, ""). `options.columns` are the names of the columns if the file has no header line.
+
+    The result is cached. `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a
+    file that has changed is read again.
     """
     with open_utf8(file) as opened:
         if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
@@ -168,10 +170,11 @@ class _Scan:
 def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
     """Read a .tsv file with `quoting`, a constant of the csv module, and return the statistics of that reading.
 
-    These are the number of rows below the header, the number of rows with another number of fields than there are
-    columns, and the error's message if reading failed, else None. Unless `quoting` is `csv.QUOTE_NONE`, they also hold
-    the quotings with which a csv writer would write each row as it stands in the file. `options.columns` are the names
-    of the columns if the file has no header line. Raise `UnicodeDecodeError` if the file is not UTF-8.
+    `rows` is the number of rows below the header, and `ragged` the number of rows with another number of fields than
+    there are columns. `error` is the message if reading failed, else None. `forms` are the quotings with which a csv
+    writer would write each row as it stands in the file; they are not determined for `csv.QUOTE_NONE`.
+    `options.columns` are the names of the columns if the file has no header line. Raise `UnicodeDecodeError` if the
+    file is not UTF-8.
     """
     scan = _Scan()
     try:

@@ -157,7 +157,10 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write the tensors of all ranks into the folder `path`, as safetensors files. Raise `OSError` if that fails."""
+    """Write the tensors of all ranks into the folder `path`, as safetensors files. Raise `OSError` if that fails.
+
+    Every rank of `world` calls this with its own `tensors`, by name.
+    """
     writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
     try:
         with warnings.catch_warnings():

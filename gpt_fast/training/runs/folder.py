@@ -316,7 +316,7 @@ def is_finished(out: Path) -> bool:
 def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder inside the block, so that no two processes train in it. The lock also ends with the process.
 
-    Raise `ValueError` if another process has locked it.
+    Raise `ValueError` if it is locked already. The folder has to exist.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -349,10 +349,10 @@ def _no_run(folder: Path) -> str:
 
 
 def check_run(folder: Path) -> None:
-    """Raise `FileNotFoundError` unless `folder` holds a run: its configuration, its tokenizer and its weights.
+    """Raise `FileNotFoundError` unless `folder` holds a run: config.json, tokenizer.json and weights.
 
-    The weights may be final ones, an adapter's, or those of a checkpoint. The files are not read. A run that a dead
-    --overwrite moved away is put back first.
+    The weights may be model.safetensors, an adapter's, or those of a checkpoint. The files are not read. A run that a
+    dead --overwrite moved away is put back first.
     """
     put_back(folder.absolute())
     if not folder.is_dir():
@@ -438,8 +438,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.jsonl in order, each a dict of numbers by name, with NaN for null.
 
     Each line has a "step". A last line that a kill cut off is left out. Raise `FileNotFoundError` if the file is
-    missing, and `ValueError` for a line that is not a JSON object, has no "step", or holds anything but numbers and
-    null, and for a file of more than 64 MiB.
+    missing. Raise `ValueError` if it has more than 64 MiB, or for a line that is not a JSON object, has no "step", or
+    holds anything but numbers and null.
     """
     path, lines = folder / "metrics.jsonl", []
     for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
@@ -453,10 +453,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers.
+    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers by name.
 
-    Raise `FileNotFoundError` if the file is missing, and `ValueError` if no line has the field. The message then lists
-    the known fields.
+    `field` is the name of a metric. Raise `FileNotFoundError` if the file is missing. Raise `ValueError` if it is
+    damaged or no line has the field; the message then lists the known fields.
     """
     if not (folder / "metrics.jsonl").is_file():
         what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)

@@ -80,10 +80,10 @@ def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], wher
 def write_merged(folder: Path, out: Path) -> Head:
     """Write the run in `folder`, which was trained with --lora-rank, into `out` with the adapter merged.
 
-    Return the model, on the CPU. `out` is an empty folder. It gets the model's config.json and model.safetensors,
-    copies of tokenizer.json, settings.yaml and metrics.jsonl if the run has them, and a run.json without "lora" and
-    with the size and SHA-256 of the new weights. Raise `FileNotFoundError` if `folder` holds no run. Raise `ValueError`
-    unless the run is finished and was trained with --lora-rank, and if its adapter was changed.
+    Return the model, on the CPU. `out` is an empty folder. It gets the model's config.json and model.safetensors, and
+    copies of tokenizer.json, settings.yaml and metrics.jsonl if the run has them. Its run.json is the run's without
+    "lora", with the size and SHA-256 of the new weights. Raise `FileNotFoundError` if `folder` holds no run. Raise
+    `ValueError` unless the run is finished and was trained with --lora-rank, and if its adapter was changed.
     """
     check_run(folder)
     record = read_record(folder)
@@ -206,8 +206,8 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
     """Return the tokenizer of a run folder. Raise `ValueError` if it has more tokens than `model` has embeddings.
 
-    This library adds its special tokens to every tokenizer. A model of another library, which has no extract token, has
-    no embeddings for them. No text contains them, so for this model they do not count.
+    This library adds its special tokens, and perhaps `<|unk|>`, to every tokenizer. A model of another library, which
+    has no extract token, has no embeddings for them. No text contains them, so for this model they do not count.
     """
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
     added = 0
