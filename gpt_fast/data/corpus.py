@@ -67,7 +67,8 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 
     Each file of plain text is one document, and so is each row of a table. If there are ten files of plain text or
     more, whole files are held out, chosen by a hash of their names. If there are fewer, the last tenth of each is held
-    out. Of the rows of tables, one in ten is held out. The same files always give the same split.
+    out. Of the rows of tables, one in ten is held out. Rows without text are left out, with a warning. The same files
+    always give the same split.
 
     Args:
         paths: Files, folders, .zip files, `hf:NAME` for a Hugging Face data set, or `-` for standard input. If it is
@@ -121,9 +122,9 @@ def read_documents(path: Path, text_column: str = "text") -> list[Document]:
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
     """Return {"train": documents, "valid": documents} with the text of `units`, each a range of a file or data set.
 
-    A unit is for training or for validation; of one for both, each tenth row is for validation. `text_column` is the
-    column of a table that holds the text. Rows without text are left out, with one warning. `source` names the data in
-    messages.
+    A unit is for training or for validation; of one for both, each tenth row is for validation. A document is named
+    like its file; ":" and a number follow for a row of a table. `text_column` is the column of a table that holds the
+    text. Rows without text are left out, with one warning. `source` names the data in messages.
 
     Raises:
         ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before

@@ -252,8 +252,9 @@ def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[st
     """Return [files, tokenizer, vocabulary size, text column]: what the token files depend on besides the units.
 
     The last three are the settings of that name. `files` has [path, size in bytes, time of change in nanoseconds] for
-    each file of the units and for the tokenizer's, and [name, SHA-256 of the content] for each pipe. `originals` maps
-    the path of a pipe's temporary copy to this name. The result is hashed as JSON.
+    each file of the units and for the tokenizer's. A pipe has [name, SHA-256 of the content] instead, and a Hugging
+    Face data set has no entry. `originals` maps the path of a pipe's temporary copy to the pipe's name. The result is
+    hashed as JSON.
     """
     paths = dict.fromkeys(unit.source for unit in units if unit.kind != "hf")
     if Path(settings.tokenizer).exists():

@@ -150,9 +150,9 @@ def read_table(
     Raises:
         FileNotFoundError: There is no such file.
         MissingColumn: A column is missing. This is a `ValueError`.
-        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or a row has no text,
-            has no label (unless "" is in `skip_labels` of `options`), or holds something else than a label or a text.
-            The message names the line of a wrong row.
+        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or in a row, the text
+            is null or no text, or the label is missing (unless "" is in `skip_labels` of `options`) or no label. The
+            message names the line of a wrong row.
 
     Example:
         ```python

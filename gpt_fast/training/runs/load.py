@@ -46,10 +46,10 @@ def load_run(folder: Path, device: str) -> Head:
 def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
     """Return a model of class `head` with the weights of the run in `folder`, on the CPU.
 
-    `overrides` replace fields of the configuration. The weights are the final ones, with a LoRA adapter merged in. For
-    a stopped run with checkpoints they are those of the newest undamaged one, about which this warns. Raise
-    `ValueError` if the weights have another size than the run's record says, or all checkpoints of a stopped run are
-    damaged.
+    `overrides` replace fields of the configuration. If the run was saved with another head, layers of `head` that it
+    lacks get random weights. The weights are the final ones, with a LoRA adapter merged in. For a stopped run with
+    checkpoints they are those of the newest undamaged one, about which this warns. Raise `ValueError` if the weights
+    have another size than the run's record says, or all checkpoints of a stopped run are damaged.
     """
     good = None
     if not is_finished(folder):
