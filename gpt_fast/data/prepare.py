@@ -337,10 +337,10 @@ def _end_with(watched: int) -> None:
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
     """Tokenise a unit (a range of the data, see `Unit`) and write its ids into the folder `parts`. Return `index`.
 
-    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype` ("uint16"
-    or "uint32"), and last 000007.json, the numbers of documents, tokens and rows without text. Each document begins
-    with the start token. Rows without text are left out. `tokenizer` is the text of a tokenizer.json. `text_column` is
-    the column of a table that holds the text.
+    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, which hold raw ids of type `dtype`
+    ("uint16" or "uint32"). Last comes 000007.json, with the numbers of documents, tokens and rows without text. Each
+    document begins with the start token. Rows without text are left out. `tokenizer` is the text of a tokenizer.json.
+    `text_column` is the column of a table that holds the text.
     """
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]

@@ -111,7 +111,7 @@ _OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 def _size(text: str | Sequence[str]) -> int:
-    """Return the bytes of a text, or the sum of those of a list of words, in UTF-8."""
+    """Return the length in UTF-8, in bytes, of a text, or of all words in a list together."""
     return utf8_size(text) if isinstance(text, str) else sum(map(utf8_size, text))
 
 

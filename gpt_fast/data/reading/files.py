@@ -120,8 +120,8 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
     error.
 
     Raises:
-        ValueError: The file is a token file (.bin), a parquet table that is compressed or in an archive, a tar archive,
-            or a document that is not text, such as a PDF. Or it is a .json file with one value, as described above.
+        ValueError: The file is a token file (.bin), a tar archive, or a document that is not text, such as a PDF. Or it
+            is a parquet table that is compressed or in an archive, or a .json file with one value, as described above.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:
@@ -159,10 +159,9 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
 def json_form(file: TextFile) -> str:
     """Return the form of a JSON file: "json" for an array, "jsonl" for an object on each line, "object" for one object.
 
-    Return "" for any other value and for a file of blank lines. Only the beginning of the file is read, up to its
-    second line that is not blank. The form is "json" if the first of these lines begins with "[". It is "jsonl" if the
-    first line begins with "{" and ends with "}", and the second begins with "{". Any other text that begins with "{" is
-    "object", so a single line that is an object is, too.
+    Return "" for any other value and for a file of blank lines. Only the first two lines that are not blank are read.
+    The form is "json" if the first line begins with "[". It is "jsonl" if the first line begins with "{" and ends with
+    "}", and the second begins with "{". It is "object" for any other text that begins with "{", even a single line.
     """
     with open_utf8(file) as opened:
         head = opened.readline(ROW).lstrip()

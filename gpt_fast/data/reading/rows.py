@@ -209,8 +209,8 @@ def data_set(source: str) -> Any:
 def _load_data_set(source: str) -> Any:
     """Load the `datasets.Dataset` that `source` names: hf:NAME or hf:NAME:SPLIT. SPLIT is "train" if it is left out.
 
-    NAME is a folder made by `save_to_disk`, or else a data set on the Hugging Face Hub, which is read from the local
-    cache if the Hub cannot be reached. For a folder with a single data set, SPLIT is ignored. The last four results are
+    NAME is a folder made by `save_to_disk`, or else a data set on the Hugging Face Hub. If the Hub cannot be reached,
+    only the local cache is used. For a folder with a single data set, SPLIT is ignored. The last four results are
     cached. Raise `ValueError` if NAME is empty or the data set cannot be loaded.
     """
     import datasets

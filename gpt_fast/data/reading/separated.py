@@ -127,10 +127,10 @@ def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
 def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
     """Return (quoting, message) for a .tsv file: how its quotes are to be read, and a message about it for the user.
 
-    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The file is read in
-    both ways. Quotes are syntax if that reading has no error and as many fields in each row as there are columns, and
-    the other reading does not speak against it (see `tsv_quoting`). The result for a file without quotes is
-    (`csv.QUOTE_NONE`, ""). `options.columns` are the names of the columns if the file has no header line.
+    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. For a file without
+    quotes the result is (`csv.QUOTE_NONE`, ""). Otherwise the file is read in both ways, and the number of fields in
+    the rows of each reading decides (see `tsv_quoting`). `options.columns` are the names of the columns if the file has
+    no header line.
 
     The result is cached. `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a
     file that has changed is read again.

@@ -160,12 +160,11 @@ def new_run(
 ) -> Iterator[Run]:
     """Yield a run in a hidden folder, which takes its place `out` at the end of the block, or when `publish` is called.
 
-    If the block raises, or is interrupted, before a checkpoint is written, the new folder is deleted and a run that was
-    at `out` before is there again. `overwrite` replaces a run, but never a folder that holds anything else. `resume`
-    yields the run at `out` if it has a checkpoint, and replaces it if it is unfinished and has none. A resumed run is
-    never deleted. A run that a killed --overwrite moved away is put back first. Missing parent folders are made. The
-    folder is locked against other processes inside the block. `resume_command` is shown to the user after an
-    interruption.
+    If the block raises before a checkpoint is written, the new folder is deleted, and a run that was at `out` before is
+    there again. `overwrite` replaces a run, but never a folder that holds anything else. `resume` yields the run at
+    `out` if it has a checkpoint, and replaces it if it is unfinished and has none. A resumed run is never deleted. A
+    run that a killed --overwrite moved away is put back first. Missing parent folders are made. The folder is locked
+    against other processes inside the block. `resume_command` is shown to the user after an interruption.
 
     Raise `FileExistsError` if `out` holds something else, or a run that neither option allows to replace. Raise
     `ValueError` if both options are given, another process trains there, or nothing can be written there.
@@ -416,9 +415,9 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
     """Give the special tokens that the configuration of `model` lacks their ids in `tokenizer`. Return `model`.
 
     The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. If the
-    tokenizer has more tokens than the model, embeddings and an output layer of its own grow by rows, which begin near
-    the mean of all other rows. Rows near 0 would be likelier than most tokens where a model's logits are all far below
-    0.
+    tokenizer then has more tokens than the model, the embeddings get rows for them, and so does an output layer that is
+    not tied. These rows begin near the mean of all other rows: rows near 0 would be likelier than most tokens where a
+    model's logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}

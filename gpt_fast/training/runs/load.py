@@ -32,8 +32,8 @@ _OF_A_TASK = (
 def load_run(folder: Path, device: str) -> Head:
     """Return the model of a run folder on `device`, such as "cuda", with the head that it was saved with.
 
-    The weights are the final ones, with a LoRA adapter merged in. For a stopped run with checkpoints they are those of
-    the newest undamaged one, about which this warns. Raise `FileNotFoundError` if the folder holds no run, and
+    The weights are the final ones, with a LoRA adapter merged in. A stopped run with checkpoints gives the weights of
+    its newest undamaged checkpoint, with a warning. Raise `FileNotFoundError` if the folder holds no run, and
     `ValueError` if its files are damaged or name an unknown head.
     """
     check_run(folder)
@@ -47,8 +47,8 @@ def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
     """Return a model of class `head` with the weights of the run in `folder`, on the CPU.
 
     `overrides` replace fields of the configuration. If the run was saved with another head, layers of `head` that it
-    lacks get random weights. The weights are the final ones, with a LoRA adapter merged in. For a stopped run with
-    checkpoints they are those of the newest undamaged one, about which this warns. Raise `ValueError` if the weights
+    lacks get random weights. The weights are the final ones, with a LoRA adapter merged in. A stopped run with
+    checkpoints gives the weights of its newest undamaged checkpoint, with a warning. Raise `ValueError` if the weights
     have another size than the run's record says, or all checkpoints of a stopped run are damaged.
     """
     good = None
