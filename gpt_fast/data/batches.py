@@ -100,8 +100,8 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
 def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
     """Return the ids of all texts as one `TokenStream` of int32 in memory.
 
-    The id `start_token` is put in front of each text, unless it is None. Long texts are encoded in pieces, so this
-    function takes four bytes of memory for each token, and little more.
+    The id `start_token` is put in front of each text, unless it is None. No other special token is added. Long texts
+    are encoded in pieces, so this function takes four bytes of memory for each token, and little more.
     """
     begin = np.array([] if start_token is None else [start_token], np.int32)
     arrays: list[np.ndarray] = []
@@ -150,9 +150,10 @@ def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Te
 def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
     """Return a batch of B windows as one row [1, B·T] with `cu_seqlens`, so that attention does not cross documents.
 
-    `windows` [B, T] are the token ids of the batch before any were masked. A sequence begins at each window's start and
-    at each `document_token`, the id that begins a document. `cu_seqlens` [n + 1], int32, holds the first positions of
-    the n sequences and B·T. The tokens and labels of `batch` are only reshaped to [1, B·T].
+    `windows` [B, T] are the token ids of the batch before any were masked, on the CPU. A sequence begins at each
+    window's start and at each `document_token`, the id that begins a document. `cu_seqlens` [n + 1], int32, holds the
+    first positions of the n sequences and B·T. The tokens and labels of `batch` are only reshaped to [1, B·T], and its
+    other fields are kept.
     """
     B, T = windows.shape
     begins = windows == document_token

@@ -67,7 +67,8 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 
     Each file of plain text is one document, and so is each row of a table. If there are ten files of plain text or
     more, whole files are held out, chosen by a hash of their names. If there are fewer, the last tenth of each is held
-    out. Of the rows of tables, one in ten is held out. The same files always give the same split.
+    out. Of the rows of tables, one in ten is held out. Rows without text are left out, with a warning. The same files
+    always give the same split.
 
     Args:
         paths: Files, folders, .zip files, `hf:NAME` for a Hugging Face data set, or `-` for standard input. If it is
@@ -109,10 +110,10 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 def read_documents(path: Path, text_column: str = "text") -> list[Document]:
     """Return all documents of one path, without holding any out for validation.
 
-    `path` is any that `read_corpus` takes, such as a file, a folder or `hf:NAME`. Each file of plain text is one
-    document, and so is each row of a table, whose text is in the column `text_column`. Raise `FileNotFoundError` if the
-    path does not exist, and `ValueError` if it is empty, is neither text nor a table, or takes more memory than is
-    left.
+    `path` is a file, a folder, a .zip, `hf:NAME` for a Hugging Face data set, or `-` for standard input. Each file of
+    plain text is one document, and so is each row of a table, whose text is in the column `text_column`. Rows without
+    text are left out, with a warning. Raise `FileNotFoundError` if the path does not exist, and `ValueError` if it is
+    empty, is neither text nor a table, or takes more memory than is left.
     """
     with copied([str(path)]) as sources:
         return _read(plan([], sources, say=warnings.warn), text_column, str(path))["valid"]
@@ -121,8 +122,9 @@ def read_documents(path: Path, text_column: str = "text") -> list[Document]:
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
     """Return {"train": documents, "valid": documents} with the text of `units`, each a range of a file or data set.
 
-    `text_column` is the column of a table that holds the text. Rows without text are left out, with one warning.
-    `source` names the data in messages.
+    A unit is for training or for validation; of one for both, each tenth row is for validation. A document is named
+    like its file; ":" and a number follow for a row of a table. `text_column` is the column of a table that holds the
+    text. Rows without text are left out, with one warning. `source` names the data in messages.
 
     Raises:
         ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before
@@ -153,8 +155,8 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
 def _check_room(source: str, size: int, room: int) -> None:
     """Raise `ValueError` if `size` bytes of text, at eight bytes of memory for each, take more than `room` bytes.
 
-    `room` is the free memory. The eight bytes hold the text, its pieces and its tokens. `source` names the text in the
-    message.
+    `room` is the free memory in bytes. The eight bytes hold the text, its pieces and its tokens. `source` names the
+    text in the message.
 
     Raises:
         ValueError: The text and its tokens need more than `room` bytes.
@@ -169,8 +171,8 @@ def _check_room(source: str, size: int, room: int) -> None:
 def read_stdlib() -> list[Document]:
     """Return each module of this Python's standard library as a `Document`, sorted by path.
 
-    Modules in `SKIPPED_FOLDERS`, such as tests and installed packages, files with `SKIPPED_PREFIXES`, empty modules and
-    modules that are not in UTF-8 are left out.
+    A document's name is the module's path below the library's folder. Modules in `SKIPPED_FOLDERS`, such as tests and
+    installed packages, files with `SKIPPED_PREFIXES`, blank modules and modules that are not in UTF-8 are left out.
 
     Raises:
         ValueError: There are fewer than 20 modules, because this Python comes without its source.
@@ -194,8 +196,8 @@ def read_stdlib() -> list[Document]:
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
     """Hold out about a tenth of the text for validation, in whole documents.
 
-    Documents are held out in the order of a hash of their names. Each is held out only if its number of characters fits
-    into what is left of the tenth.
+    Documents are tried in the order of a hash of their names. Each is held out only if its number of characters fits
+    into what is left of the tenth, so there may be none.
 
     Args:
         documents: The documents to split.

@@ -72,7 +72,7 @@ def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> li
     If the ids do not fit into `seq_len`, the longest text is cut at its end, again and again until they do.
 
     Args:
-        texts: Ids of each text.
+        texts: Ids of each text, without special tokens.
         seq_len: Largest number of ids.
         marks: Special ids to put in front of, between and behind the texts.
 
@@ -113,7 +113,8 @@ def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> li
 def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
     """Return (`tokens` [B, T], `lengths` [B]), both int64: rows of ids, padded on the right to the longest row T.
 
-    `pad_token` fills the padding. `lengths` is the number of ids in each row before padding.
+    `rows` holds one list of ids or more. `pad_token` fills the padding. `lengths` is the number of ids in each row
+    before padding.
     """
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), pad_token)
@@ -126,9 +127,10 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
     """Return examples as one `Batch`, padded with `pad_token` to the longest row T.
 
     `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or [B, S]. `labels`
-    are the targets [B] or [B, L], int64, or float32 if `numbers`. If the first example has an `answer` (text to be
-    generated) or `tags`, `labels` are [B, T] ids or tag classes instead, -100 where a token does not count. `weight` is
-    the number of ids that count for text to be generated, and B otherwise.
+    are the `target`s of the examples, [B] or [B, L], int64, or float32 if `numbers`. If the first example has an
+    `answer` (text to be generated), `labels` are [B, T] instead: the ids from position `answer` on, and -100 elsewhere.
+    Else if it has `tags`, they are the `tags`, [B, T], padded with -100. `weight` is the number of labels other than
+    -100 for text to be generated, and B otherwise.
     """
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)
@@ -158,9 +160,10 @@ def task_batches(
         numbers: True if the targets are numbers for a regression or a multi-label loss, False if they are classes.
 
     Yields:
-        A batch. `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or
-        [B, S]. Labels are [B], or [B, L] if targets are lists, in int64, or in float32 with `numbers`. For text to be
-        generated or tagged they are [B, T], -100 where a token does not count.
+        A batch of `batch_size` examples, or fewer in the last one. `tokens` are [B, T] int64, or [B, S, T] if each
+        example has S > 1 sequences, and `lengths` [B] or [B, S]. Labels are [B], or [B, L] if targets are lists, in
+        int64, or in float32 with `numbers`. For text to be generated or tagged they are [B, T], -100 where a token does
+        not count.
 
     Raises:
         ValueError: The batch size is below 1.

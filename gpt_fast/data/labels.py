@@ -13,7 +13,10 @@ Place = Callable[[int], str]
 
 
 def number(label: str) -> float | None:
-    """Return the number that a label such as "-1" or "2.5e3" spells; None if it spells no finite number."""
+    """Return the finite number that a label such as "-1", "2.5e3" or "007" spells; None if it spells none.
+
+    A label with spaces, "inf" and "nan" spell none.
+    """
     if not _NUMBER.fullmatch(label):
         return None
     value = float(label)
@@ -26,10 +29,12 @@ def is_same_label(label: str, other: str) -> bool:
 
 
 def class_names(source: str, column: str, labels: Sequence[str], place: Place) -> list[str]:
-    """Return the classes of a label column: numbers sorted by value, each in its shortest spelling, or sorted texts.
+    """Return the classes of a label column, each once.
 
-    `labels` holds the label of each row. Messages name the file `source`, the column's name `column` and the position
-    `place(row)` of a row, "line 5" for example.
+    If all labels are numbers, the classes are sorted by value, each in its shortest spelling. Otherwise they are the
+    labels as they are, sorted as texts. Numbers with a leading 0, such as 007, count as texts. `labels` holds the label
+    of each row. Messages name the file `source`, the column's name `column` and the position `place(row)` of a row,
+    "line 5" for example.
 
     Raise `ValueError` if two texts may be one class, because they differ only in case or spell one number. Also raise
     it if a label may mark rows without a label: -1 where all labels are whole numbers from -1 on and 0 is among them,
@@ -81,7 +86,7 @@ def _two_readings(where: str, mark: str, marks: list[str], names: Sequence[str])
     """Return the error message for a label `mark` that may be a class or mark rows without a label.
 
     `where` names the file and the column, `marks` are the positions of the rows with that label, and `names` are the
-    classes that the message suggests to list.
+    classes that the message suggests to list. It shows at most 3 positions and 12 classes.
     """
     listed = ", ".join(marks[:3]) + (", …" if len(marks) > 3 else "")
     return (
@@ -93,7 +98,9 @@ def _two_readings(where: str, mark: str, marks: list[str], names: Sequence[str])
 def class_rule(names: Sequence[str], listed: bool) -> str:
     """Return a description of the classes and their order for the user, such as "integers 0..4, sorted by value".
 
-    `names` are the classes; `listed` is True if the user listed them with --labels.
+    `names` are the classes, of which at most 12 are written out; `listed` is True if the user listed them with
+    --labels. Other forms are "b, a (as --labels lists them)", "a, b (2 texts, sorted)" and "1, 3 (2 integers, sorted by
+    value)".
     """
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     if listed:
@@ -110,14 +117,19 @@ def class_rule(names: Sequence[str], listed: bool) -> str:
 def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
     """Return a function that maps a label to its index in `names`, or to None if `names` lacks it.
 
-    The function strips the label. If all names are numbers, a label is compared by value: 1.0 has the index of 1.
+    The function strips the label. If all names are numbers, a label that is no name as it stands is compared by value:
+    1.0 has the index of 1, but 01 has none.
     """
     exact = {name: i for i, name in enumerate(names)}
     values = _as_numbers(names)
     by_value = {value: i for i, value in enumerate(values)} if values is not None else {}
 
     def index(label: str) -> int | None:
-        """Return the index of `label` in the list of classes, or None if it is no class."""
+        """Return the index of the stripped `label` in the list of classes, or None if it is not there.
+
+        The list is `names`, the argument of `class_index`. If all names are numbers, a label that is no name as it
+        stands is compared by value.
+        """
         label = label.strip()
         if label in exact:
             return exact[label]
@@ -130,9 +142,9 @@ def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
 def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None:
     """Return the index in `choices` that a label names, or None if it names no choice.
 
-    `reading` is how the label names it, one of `ANSWERS`: by a choice's text ("text"), by a letter from A on in either
-    case ("letters"), or by a whole number that counts from 0 ("0") or from 1 ("1"). If several choices have that text,
-    the first is taken.
+    `reading` is how the label names it, one of `ANSWERS`: by a choice's text without spaces around ("text"), by one
+    letter from A on in either case ("letters"), or by a whole number that counts from 0 ("0") or from 1 ("1"). If
+    several choices have that text, the first is taken.
     """
     if reading == "text":
         stripped = [choice.strip() for choice in choices]
@@ -148,9 +160,9 @@ def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None
 def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
     """Return the way in which the labels of a column name the right choice: "text", "letters", "0" or "1".
 
-    `answer_index` explains these ways. `labels` and `choices` hold the label and the choices of each row. A way is
-    possible if every row's label names a choice by it. Of several possible ways that name the same choices, the first
-    is returned.
+    These are the choice's text, a letter from A on, and a number that counts from 0 or from 1 (see `answer_index`).
+    `labels` and `choices` hold the label and the list of choices of each row. A way is possible if every row's label
+    names a choice by it. If all possible ways name the same choices, the first of them in this order is returned.
 
     Raise `ValueError` if no way is possible, if two possible ways name different choices, or if only "1" is possible.
     Messages name the file `source` and the position `place(row)` of a row, "line 5" for example.

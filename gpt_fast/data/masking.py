@@ -14,18 +14,18 @@ def mask_tokens(
     """Hide a share of the tokens, and return the labels for predicting them.
 
     Of the chosen tokens, 80 % become `mask_token`, 10 % a random one of `ordinary` and 10 % stay as they are. Only
-    tokens among `ordinary` are chosen, and at least one in every row that has one.
+    tokens among `ordinary` are chosen, and at least one in every row that has one, even at a rate of 0.
 
     Args:
         tokens: Token ids [B, T], int64.
-        generator: Source of the random choice.
+        generator: Source of the random choice, which this function advances.
         mask_token: Id that stands for a hidden token.
         ordinary: Sorted ids that are not special [n], int64.
         rate: Probability, in [0, 1], with which each token among `ordinary` is chosen.
 
     Returns:
-        (inputs, labels), both [B, T] int64. The labels are the original ids of all chosen tokens, also of those that
-        stay as they are, and -100 elsewhere.
+        (inputs, labels), both [B, T] int64; `tokens` is not changed. The labels are the original ids of all chosen
+        tokens, also of those that stay as they are, and -100 elsewhere.
 
     Raises:
         ValueError: Tokens have another shape, there are no ordinary ids, or the rate lies outside [0, 1].

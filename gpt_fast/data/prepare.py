@@ -109,13 +109,18 @@ def _in_folder(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the token files of `units` into `settings.out` and return the content of data.json, as `prepare` does.
+    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return what data.json holds.
 
-    `plan_hash` identifies the inputs. If the folder already holds the files of that hash, return its data.json at once.
-    If it holds the token files of single units from a stopped run with that hash, resume from them. Raise
-    `FileExistsError` if it holds files that this command did not write, or, unless `settings.overwrite`, tokens of
-    other inputs. `show(done, total)` is called with the number of units that are done and of all units, `say` with
-    messages for the user.
+    `units` are ranges of the data to tokenise, and `plan_hash` identifies the inputs. With `settings.overwrite`, the
+    folder is deleted first. Otherwise, if the folder already holds the files of that hash, this function returns
+    data.json at once. If a stopped run with that hash left the token files of single units, it resumes from them.
+    `show(done, total)` is called with the number of units that are done and of all units, `say` with messages for the
+    user.
+
+    Raise `FileExistsError` if the folder holds files that this command did not write, or, unless `settings.overwrite`,
+    tokens of other inputs. Raise `ValueError` for bad data; what was made of it is deleted. Raise `ChildProcessError`
+    if a worker process was killed. For this error, for `OSError` and for `Interrupted`, a message says how many units
+    are done.
     """
     out, parts = settings.out, settings.out / PARTS
     if (
@@ -176,11 +181,12 @@ def _prepare(
 ) -> dict[str, Any]:
     """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
 
-    A unit is a range of the data; see `Unit`. The tokenizer is made first. Then the tokens of each unit are written to
-    the folder `PARTS` below `settings.out`, which is removed at the end. `plan_hash` identifies the inputs and goes
-    into data.json. `show(done, total)` is called with the number of units that are done and of all units, `say` with
-    messages for the user. Return the content of data.json. Raise `ValueError` if no document is for training or none
-    for validation.
+    A unit is a range of the data; see `Unit`. The tokenizer is made first, unless a stopped run left it. Then the
+    tokens of each unit are written to the folder `.parts` below `settings.out`, which has to exist and is removed at
+    the end. train.bin, valid.bin and tokenizer.json are written before data.json. `plan_hash` identifies the inputs and
+    goes into data.json. `show(done, total)` is called with the number of units that are done and of all units, `say`
+    with messages for the user. Return the content of data.json. Raise `ValueError` if no document is for training or
+    none for validation.
     """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():
@@ -234,10 +240,10 @@ def _keeps(tokenizer: str) -> Keeps | None:
 
 
 def _described(units: Sequence[Unit], originals: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the fields of each unit as a dict, which goes into the hash that identifies the inputs.
+    """Return the fields of each unit as a dict by name. The dicts go into the hash that identifies the inputs.
 
     `originals` maps the path of a source, or of a pipe's temporary copy, to the name that the user gave. This name
-    replaces the path.
+    replaces the path in the field "source".
     """
     return [asdict(unit) | {"source": originals.get(unit.source, unit.source)} for unit in units]
 
@@ -245,8 +251,10 @@ def _described(units: Sequence[Unit], originals: dict[str, str]) -> list[dict[st
 def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[str, str]) -> list[Any]:
     """Return [files, tokenizer, vocabulary size, text column]: what the token files depend on besides the units.
 
-    `files` has [path, size, time of change] for each file, the tokenizer's included, and [name, SHA-256 of the content]
-    for each pipe. `originals` maps the path of a pipe's temporary copy to this name. The result is hashed as JSON.
+    The last three are the settings of that name. `files` has [path, size in bytes, time of change in nanoseconds] for
+    each file of the units and for the tokenizer's. A pipe has [name, SHA-256 of the content] instead, and a Hugging
+    Face data set has no entry. `originals` maps the path of a pipe's temporary copy to the pipe's name. The result is
+    hashed as JSON.
     """
     paths = dict.fromkeys(unit.source for unit in units if unit.kind != "hf")
     if Path(settings.tokenizer).exists():
@@ -273,7 +281,7 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
     one process or a single job, this process itself does the work.
 
     An error in a job ends the workers and is raised. If it is a `ValueError`, the jobs before it in `jobs` are waited
-    for, and the error of the first job that failed is raised.
+    for, and the error of the first job that failed is raised. A killed worker raises `BrokenProcessPool`.
     """
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
@@ -304,10 +312,11 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
 
 
 def _start_worker(watched: int, held: int) -> None:
-    """Set up a worker process: it tokenises on one core, ignores Ctrl-C, and ends when its parent does.
+    """Set up a worker process: it tokenises on one core, ignores Ctrl-C, and ends at SIGTERM and with its parent.
 
-    `watched` and `held` are the read end and the write end of a pipe on which nothing is written. Only the parent keeps
-    `held` open, so a read from `watched` returns when the parent ends.
+    `watched` and `held` are the read end and the write end of a pipe on which nothing is written. This function closes
+    `held` in the worker. Only the parent keeps it open, so a read from `watched` returns when the parent ends. A thread
+    waits for that.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -317,7 +326,10 @@ def _start_worker(watched: int, held: int) -> None:
 
 
 def _end_with(watched: int) -> None:
-    """Wait until the parent closes the write end of the pipe `watched`, a file descriptor. Then end this process."""
+    """Wait until the parent closes the write end of the pipe `watched`, a file descriptor. Then end this process.
+
+    The exit code is 1, and no clean-up code runs.
+    """
     os.read(watched, 1)  # returns when the parent's end is closed
     os._exit(1)
 
@@ -325,9 +337,10 @@ def _end_with(watched: int) -> None:
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
     """Tokenise a unit (a range of the data, see `Unit`) and write its ids into the folder `parts`. Return `index`.
 
-    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype` ("uint16"
-    or "uint32"), and last 000007.json, the numbers of documents, tokens and rows without text. `tokenizer` is the text
-    of a tokenizer.json. `text_column` is the column of a table that holds the text.
+    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, which hold raw ids of type `dtype`
+    ("uint16" or "uint32"). Last comes 000007.json, with the numbers of documents, tokens and rows without text. Each
+    document begins with the start token. Rows without text are left out. `tokenizer` is the text of a tokenizer.json.
+    `text_column` is the column of a table that holds the text.
     """
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]
@@ -340,7 +353,11 @@ def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, tex
             files[part] = stack.enter_context(temporary.open("wb"))
 
         def flush() -> None:
-            """Encode the texts of `batch`, append their ids to the files, count them in `report`, and clear `batch`."""
+            """Encode the texts of `batch`, append their ids to the files, count them in `report`, and clear `batch`.
+
+            All of these are local variables of `tokenise`: `batch` holds (part, begins, text), `files` the open files
+            by part. A text that begins a document gets the start token in front.
+            """
             encoded = encode_documents(made, [text for *_, text in batch])
             for (part, begins, _), ids in zip(batch, encoded, strict=True):
                 files[part].write(np.array([start, *ids] if begins else ids, DTYPES[dtype]).tobytes())
@@ -365,13 +382,16 @@ def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, tex
 
 @lru_cache(maxsize=1)
 def _tokenizer(text: str) -> tuple[Tokenizer, Keeps]:
-    """Return (tokenizer, its `keeps_tokens` function) for the text of a tokenizer.json. The last result is cached."""
+    """Return (tokenizer, function `keeps(text, index)`) for the text of a tokenizer.json. The last result is cached.
+
+    The function returns True if a cut of the text at that index changes no token.
+    """
     tokenizer = parse_tokenizer(text)
     return tokenizer, keeps_tokens(tokenizer)
 
 
 def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the ids in files of raw ids of type `dtype`, file by file, as arrays of at most `_CHUNK` ids."""
+    """Yield the ids in files of raw ids of type `dtype`, file by file, as arrays of at most 2**20 ids."""
     for path in paths:
         with path.open("rb") as file:
             while len(ids := np.fromfile(file, dtype, _CHUNK)):
@@ -381,7 +401,8 @@ def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
 def _is_done(parts: Path, index: int, dtype: str) -> bool:
     """Return True if unit `index` has a report in the folder `parts`, and its files have the sizes that it states.
 
-    `dtype` is the type of the ids in the files, "uint16" or "uint32".
+    The report is a file such as 000007.json; if it is damaged, return False. `dtype` is the type of the ids in the
+    files, "uint16" or "uint32".
     """
     try:
         report = read_object(parts / f"{index:06d}.json")
@@ -399,9 +420,10 @@ def _is_done(parts: Path, index: int, dtype: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the temporary files of a killed preparation, in the folder `out` and in its folder `PARTS`.
+    """Remove the temporary files of a killed preparation, in the folder `out` and in `out`/.parts, if that exists.
 
-    In `out` these are the partial copies of the files in `FILES`, and no other file is touched.
+    In `out` these are the partial copies of train.bin, valid.bin, tokenizer.json and data.json, and no other file is
+    touched.
     """
     for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
         if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
@@ -418,7 +440,10 @@ def _progress(parts: Path, units: int) -> str:
 
 
 def _made_from(path: Path) -> str | None:
-    """Return the hash of the inputs in the file plan.json at `path`, or None if the file is missing or damaged."""
+    """Return the field "plan" of the plan.json at `path`, the hash of the inputs.
+
+    Return None if the file is missing or damaged, or has no such field.
+    """
     try:
         return read_object(path).get("plan")
     except (OSError, ValueError):
@@ -426,9 +451,10 @@ def _made_from(path: Path) -> str | None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return the content of the data.json at `path`, a dict with the keys of `_FIELDS`.
+    """Return the content of the data.json at `path`: a dict as `prepare` returns it.
 
-    Return {} if the file is missing or damaged, lacks a field, or has one of another type.
+    Its fields are data, tokenizer, dtype, plan, vocabulary, and train_documents, train_tokens, valid_documents and
+    valid_tokens. Return {} if the file is missing or damaged, lacks a field, or has one of another type.
     """
     try:
         record = read_object(path)
@@ -440,8 +466,9 @@ def _record(path: Path) -> dict[str, Any]:
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:
     """Yield pieces of the training text of `units`, some 100 million characters at most, to learn a vocabulary from.
 
-    The last piece is the one with which `SAMPLE` characters are reached. Units are taken from all over the data, in the
-    order of a hash. Text for validation is skipped. `text_column` is the column of a table that holds the text.
+    The last piece is the one with which 100 × 2**20 characters are reached. Units are taken from all over the data, in
+    the order of a hash. Text for validation is skipped. `text_column` is the column of a table that holds the text.
+    Rows without text yield "".
     """
     room = SAMPLE
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):

@@ -46,9 +46,10 @@ def snippet_table() -> tuple[Table, Table]:
 
 
 def chosen_packages(documents: list[Document]) -> list[str]:
-    """Return the names of the ten packages with the most text, sorted. Packages of fewer than eight files are left out.
+    """Return the names of the ten packages with the most text, sorted by name. There may be fewer than ten.
 
-    `documents` are modules, each named by its path below the standard library.
+    Packages of fewer than eight files, and modules in no package, are left out. `documents` are modules, each named by
+    its path below the standard library. The amount of text is its number of characters.
     """
     size: dict[str, int] = {}
     files: dict[str, int] = {}
@@ -63,8 +64,8 @@ def chosen_packages(documents: list[Document]) -> list[str]:
 def snippets(text: str, names: list[str]) -> list[str]:
     """Return the lines of `text` in snippets of whole lines, each of 320 characters or a little more.
 
-    Blank lines, imports, and lines that contain one of the packages' `names` are left out. A last snippet that is
-    shorter is dropped.
+    Blank lines, imports, and lines that contain one of the packages' `names`, in any case and also inside a word, are
+    left out. A last snippet that is shorter is dropped.
     """
     named = re.compile("|".join(map(re.escape, names)), re.IGNORECASE)
     pieces, lines, length = [], [], 0
@@ -82,7 +83,8 @@ def snippets(text: str, names: list[str]) -> list[str]:
 def _table(documents: list[Document], names: list[str], per_class: int) -> Table:
     """Return the snippets of those documents that lie in the packages `names`, each labelled with its package.
 
-    If a package has more than `per_class` snippets, about that many are taken, evenly spaced.
+    Rows are sorted by package, in the order of `names`. If a package has more than `per_class` snippets, about that
+    many are taken, evenly spaced.
     """
     found: dict[str, list[str]] = {name: [] for name in names}
     for document in documents:

@@ -49,18 +49,19 @@ class Unit:
 
     @property
     def file(self) -> TextFile:
-        """The file that holds this unit."""
+        """Return the file, or the member of a zip archive, that holds this unit. No unit of a data set has one."""
         return TextFile(Path(self.source), self.name, self.member)
 
 
 def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None, say: Say = ignore) -> list[Unit]:
-    """Return the units of all sources, in the order of the sources. The same files always give the same units.
+    """Return the units of all sources: those of `valid`, then those of `data`, in their order.
 
-    A unit is a range of a file, or rows of a data set, for training, for validation or for both (see `Unit`). The units
-    of `valid` are for validation, and those of `data` for training. If `valid` is empty, a tenth of `data` is held out:
-    every tenth row of tables, whole text files if there are ten or more, else the last tenth of each text file.
-    `keeps(text, index)` is True if a cut of a text at that index changes no token (see `keeps_tokens`); None allows
-    each cut. `say` is called with a message about the quotes of each .tsv that has any.
+    A unit is a range of a file, or rows of a data set, for training, for validation or for both (see `Unit`). A source
+    is the path of a file, a folder or a .zip, or `hf:NAME` for a Hugging Face data set. The same files always give the
+    same units. The units of `valid` are for validation, and those of `data` for training. If `valid` is empty, a tenth
+    of `data` is held out: every tenth row of tables, whole text files if there are ten or more, else the last tenth of
+    each text file. `keeps(text, index)` is True if a cut of a text at that index changes no token (see `keeps_tokens`);
+    None allows each cut. `say` is called with a message about the quotes of each .tsv that has any.
 
     Raises:
         FileNotFoundError: A source does not exist.
@@ -90,10 +91,10 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
 
 
 def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
-    """Return the names of about a tenth of some files. `sizes` holds the (name, size) of each file.
+    """Return the names of about a tenth of some files, by size. `sizes` holds the (name, size) of each file.
 
-    Files are taken in the order of a hash of their names. Each is taken only if its size still fits into a tenth of all
-    sizes.
+    Files are tried in the order of a hash of their names. Each is taken only if its size fits into what is left of a
+    tenth of all sizes. So the result may be empty, and the same `sizes` always give the same one.
     """
     names: set[str] = set()
     room = VALID_FRACTION * sum(size for _, size in sizes)
@@ -107,10 +108,11 @@ def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
 def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Iterator[tuple[str, bool, str]]:
     """Yield (part, begins, text) for each piece of the text in a unit, which is a range of the data (see `Unit`).
 
-    `part` is "train" or "valid", `begins` is True if a document begins with this piece, and `text` has at most
-    `cuts.PIECE` characters, or is "" for a table's row without text. `text_column` is the column of a table to read.
-    `keeps(text, index)` is True if a cut of a text at that index changes no token; None allows each cut. Raise
-    `ValueError` for text that is not UTF-8 or holds NUL bytes, and for rows without the column.
+    `part` is "train" or "valid", and `begins` is True if a document begins with this piece. `text` has at most 32,768
+    characters, or is "" for a table's row without text. Each row of a table is a document. In a unit for both parts,
+    each tenth row is "valid". `text_column` is the column of a table to read. `keeps(text, index)` is True if a cut of
+    a text at that index changes no token; None allows each cut. Raise `ValueError` for text that is not UTF-8 or holds
+    NUL bytes, and for rows without the column.
     """
     if unit.kind == "text":
         begins = unit.begins
@@ -129,11 +131,12 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 
 
 def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
-    """Return the position of the first byte, from `place` on, at which the file's text can be cut.
+    """Return the position of a byte, from `place` on, at which the file's text can be cut.
 
-    The best index is taken that `next_place` finds, with `keeps`, in the next `WINDOW` bytes before `end`. If there is
+    The best index is taken that `next_place` finds, with `keeps`, in the next 65,536 bytes before `end`. If there is
     none, or the bytes are not UTF-8, the result is the first byte from `place` on that begins a character. Positions
-    count bytes of the file's text in UTF-8.
+    count bytes of the file's text in UTF-8. `keeps(text, index)` is True if a cut at that index changes no token; None
+    allows each cut.
     """
     with open_utf8(file, place) as opened:
         window = opened.read(min(WINDOW, end - place))
@@ -147,9 +150,10 @@ def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = Non
 
 
 def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
-    """Return a unique name for each file: its own, with as many parent folders in front as that takes.
+    """Return {file: name} with a different name for each file: its own, with parent folders in front as needed.
 
-    Files are chosen for validation by a hash of their names. If many files had one name, all or none would be chosen.
+    Two entries for the same file on disk keep the same name. Files are chosen for validation by a hash of their names.
+    If many files had one name, all or none would be chosen.
     """
     names = {file: file.name for file in files}
     real = {file: (os.path.realpath(file.path), file.member) for file in names}
@@ -170,7 +174,8 @@ def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
 def _with_parent(file: TextFile, name: str) -> str:
     """Return `name` with one more parent folder of the file's path in front, or `name` if the path has no more.
 
-    "text.txt" becomes "books/text.txt", for example.
+    `name` is the end of the file's path, behind which a member's name follows in a zip archive. "text.txt" becomes
+    "books/text.txt", for example.
     """
     parts = Path(os.path.abspath(file.path)).parts
     depth = name.removesuffix(f"/{file.member}" if file.member else "").count("/") + 2
@@ -183,7 +188,12 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
     """Return the units (see `Unit`) of one file: ranges of its text, row groups of a parquet table, or the whole file.
 
     `kind` is the file's format (see `kind_of`). `part` is "train", "valid", or "both" if a tenth of the file is to be
-    held out. `keeps(text, index)` is True if a cut of a text at that index changes no token; None allows each cut.
+    held out. For "both", the last tenth of a text file makes units for "valid" and the rest units for "train". Units of
+    tables keep the part "both".
+
+    Text and JSON lines are cut into ranges of about 8 MiB, unless they are compressed, recoded or in an archive. A
+    parquet table makes a unit for each row group, and a file of another format makes one unit. `keeps(text, index)` is
+    True if a cut of a text at that index changes no token; None allows each cut.
     """
     unit = partial(Unit, str(file.path), kind, name=file.name, member=file.member)
     if kind == "parquet":
@@ -215,9 +225,10 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
 
 
 def _line_cuts(file: TextFile, size: int) -> list[int]:
-    """Return positions in bytes, near the multiples of `UNIT`, at which lines of an uncompressed file begin.
+    """Return positions in bytes, each 8 MiB or a little more behind the one before, at which lines of a file begin.
 
-    `size` is the length of the file in bytes.
+    The first is that far behind the beginning of the file's text, from which positions count. The file is uncompressed
+    UTF-8, and `size` is the length of its text in bytes. A short file has no such position.
     """
     cuts: list[int] = []
     place = UNIT
@@ -234,7 +245,7 @@ def _line_cuts(file: TextFile, size: int) -> list[int]:
 
 
 def _decoded(unit: Unit) -> Iterator[str]:
-    """Yield the text of a unit (see `Unit`) of a text file, block by block.
+    """Yield the text of a unit (see `Unit`) of a text file, block by block: bytes `start` to `end` of the file's text.
 
     Raise `ValueError` if the file is not UTF-8, has a NUL byte, or has become shorter.
     """
@@ -265,7 +276,10 @@ def _decoded(unit: Unit) -> Iterator[str]:
 
 
 def _rows(unit: Unit, text_column: str) -> Iterator[str]:
-    """Yield the text in `text_column` of each row of a unit (see `Unit`) of a table, "" for a row without text."""
+    """Return an iterator over the text in `text_column` of each row of a unit (see `Unit`), "" for a row without text.
+
+    The unit is a part of a table or of a Hugging Face data set. Reading a row without the column raises `ValueError`.
+    """
     if unit.kind == "hf":
         assert unit.end is not None
         found = rows.data_set_rows(unit.source, unit.start, unit.end, text_column)

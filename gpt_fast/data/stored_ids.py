@@ -28,7 +28,11 @@ class StoredIds:
         return self._count
 
     def part(self, start: int, stop: int) -> StoredIds:
-        """Return the ids from index `start` up to `stop` as another `StoredIds`. Nothing is read from the file yet."""
+        """Return the ids from index `start` up to `stop` as another `StoredIds`. Nothing is read from the file yet.
+
+        As in a slice, negative indices count from the end, and indices beyond the end are cut off. Both objects share
+        the open file.
+        """
         start, stop, _ = slice(start, stop).indices(self._count)
         part = object.__new__(StoredIds)
         part._opened, part.dtype = self._opened, self.dtype
@@ -36,9 +40,9 @@ class StoredIds:
         return part
 
     def __getitem__(self, which: slice) -> np.ndarray:
-        """Read the ids of a slice from the file into an array. The slice's step is ignored.
+        """Read the ids of a slice from the file into an array of the file's type of ids. The slice's step is ignored.
 
-        Raise `ValueError` if the file has changed since it was opened.
+        A single index is not supported. Raise `ValueError` if the file has changed since it was opened.
         """
         start, stop, _ = which.indices(self._count)
         ids = np.empty(max(0, stop - start), self.dtype)

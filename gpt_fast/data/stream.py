@@ -49,7 +49,7 @@ class TokenStream:
         """Return `length` ids of the stream from the position `start` on.
 
         Args:
-            start: Position of the first id.
+            start: Position of the first id, 0 or more.
             length: Number of ids to read.
 
         Returns:
@@ -70,7 +70,7 @@ class TokenStream:
 
         Args:
             start: Position of the first id.
-            stop: Position behind the last id.
+            stop: Position behind the last id. Positions outside of the stream are cut off.
 
         Returns:
             A `TokenStream` of these ids, which shares the arrays and files of this stream.
@@ -91,7 +91,7 @@ class TokenStream:
             seq_len: Number of ids in each window.
 
         Returns:
-            Windows [N, seq_len], int64.
+            Windows [N, seq_len], int64. Each window has to end within the stream, which is not checked.
         """
         if len(starts) == 0:
             return torch.empty(0, seq_len, dtype=torch.int64)
@@ -101,7 +101,7 @@ class TokenStream:
         """Return how often each id occurs in the stream, which is read chunk by chunk.
 
         Returns:
-            Counts [largest id + 1], int64, by id.
+            Counts [largest id + 1], int64, by id. The array is empty for an empty stream.
         """
         total = np.zeros(0, np.int64)
         for array in self.arrays:
@@ -143,17 +143,17 @@ class WindowOrder:
 
     @property
     def per_pass(self) -> int:
-        """Number of windows in one pass over the stream."""
+        """Return the number of windows in one pass over the stream: one fewer than fit side by side, but at least 1."""
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:
-        """Return where in the stream window number `position` begins.
+        """Return where in the stream window number `position` of the shuffled order begins.
 
         Args:
-            position: The window's number from 0, counted on over all passes.
+            position: The window's number in the order, counted from 0 over all passes.
 
         Returns:
-            Index of the window's first token in the stream.
+            Index of the window's first token in the stream. The same seed and sizes always give the same one.
         """
         which, index = divmod(position, self.per_pass)
         room = min(self.seq_len - 1, self.num_tokens - self.per_pass * self.seq_len)
@@ -164,10 +164,11 @@ class WindowOrder:
 def shuffled(index: int, size: int, key: int) -> int:
     """Return the place of `index` under a permutation of 0 … `size` - 1 that the integer `key` chooses.
 
-    The permutation is a Feistel network on the next even number of bits, repeated until it falls into the range.
+    `index` is in this range. The permutation is a Feistel network on the next even number of bits, repeated until the
+    result falls into the range.
 
     Returns:
-        An integer in [0, size), a different one for each index.
+        An integer in [0, size), a different one for each index, and the same one for the same arguments.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -181,7 +182,10 @@ def shuffled(index: int, size: int, key: int) -> int:
 
 
 def mix(*words: int) -> int:
-    """Return a 64-bit hash of integers: the finaliser of splitmix64 (Steele et al. 2014) over each integer in turn."""
+    """Return a 64-bit hash of integers, in [0, 2**64): the finaliser of splitmix64 over each integer in turn.
+
+    The order of the integers matters. Source: Steele et al. (2014).
+    """
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & _WORD

@@ -56,7 +56,8 @@ class Table:
             indices: Indices of the rows.
 
         Returns:
-            A new table, with the notes of this one.
+            A new table, with the source and a copy of the notes of this one. A list that is empty here, such as
+            `labels`, is empty there.
         """
         names = ("texts", "labels", "more", "places", "starts")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -64,7 +65,7 @@ class Table:
         return Table(self.source, notes=[*self.notes], **chosen)
 
     def fields(self, row: int) -> tuple[str, ...]:
-        """Return all texts of a row: the one in `texts`, then those in `more`.
+        """Return all texts of a row: the one in `texts`, then the row's texts in `more`, if the table has any.
 
         Args:
             row: Index of the row.
@@ -110,7 +111,7 @@ _OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 def _size(text: str | Sequence[str]) -> int:
-    """Return the bytes of a text, or of a list of words, in UTF-8."""
+    """Return the length in UTF-8, in bytes, of a text, or of all words in a list together."""
     return utf8_size(text) if isinstance(text, str) else sum(map(utf8_size, text))
 
 
@@ -132,8 +133,9 @@ def read_table(
     r"""Read a file's columns of texts and labels into a `Table`.
 
     Args:
-        path: A .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed.
-        text_column: Column of the text. A name with commas names several columns, whose texts are joined by line ends.
+        path: A .csv, .tsv, .jsonl, .json or .parquet file. All but a .parquet may be compressed.
+        text_column: Column of the text. If no column has this very name, a name with commas names several columns,
+            whose texts are joined by line ends.
         label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, except
             with `text_labels` in `options`.
         more_columns: Columns of further texts, such as the second text of a pair. Such a column may hold lists of
@@ -142,13 +144,15 @@ def read_table(
 
     Returns:
         The table. Its lists have one entry for each row that was not skipped. `labels` is empty without `label_column`,
-        and `more` without `more_columns`.
+        `more` without `more_columns`, and `starts` without `text_labels` in `options`. `notes` says what was skipped or
+        changed.
 
     Raises:
         FileNotFoundError: There is no such file.
         MissingColumn: A column is missing. This is a `ValueError`.
-        ValueError: A column holds no text or lacks a label, or the table is empty or not UTF-8, or takes more memory
-            than is left. The message names the line of a wrong row.
+        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or in a row, the text
+            is null or no text, or the label is missing (unless "" is in `skip_labels` of `options`) or no label. The
+            message names the line of a wrong row.
 
     Example:
         ```python
@@ -238,7 +242,9 @@ def read_table(
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows, each a dict by column, to a .csv, .tsv or .jsonl file: whole, or not at all.
 
-    The ending of `path` decides the format. Lists and dicts in a cell of a .csv or .tsv are written as JSON.
+    The ending of `path` decides the format. Missing parent folders are made, and a file at `path` is replaced. The
+    columns of a .csv or .tsv are all keys of all rows, in the order in which they first occur, and a missing cell is
+    empty. Lists and dicts in a cell of a .csv or .tsv are written as JSON.
 
     Raises:
         ValueError: `path` has another ending or is a folder.
@@ -265,14 +271,18 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _json(value: object) -> str:
-    """Return a value as JSON on one line. Dates, which a .parquet may hold, become text; NaN and infinity, null."""
+    """Return a value as JSON on one line. NaN and infinity become null.
+
+    A value that JSON lacks, such as a date from a .parquet, becomes its text `str(value)`.
+    """
     return json.dumps(finite(value), ensure_ascii=False, default=str)  # dates, which a .parquet may hold
 
 
 def _label(value: object) -> str | None:
     """Return the label in a cell, a class or a number, as stripped text.
 
-    Return "" for a missing label (null, NaN or blank), and None for a value that is no label, such as a list.
+    Return "" for a missing label: null, NaN, blank, or the text "nan" or "<na>" in any case. Return None for a value
+    that is neither text nor number, such as a list.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -286,8 +296,8 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
     """Return a label that is a text to be generated or found. Spaces are kept.
 
     `value` is a text, a list of acceptable texts, or SQuAD's object with a list `text`; of several texts the first is
-    taken. Return "" if there is no text, and None for a value of another type. `path`, `place` (the row's position in
-    the file) and `column` are for messages.
+    taken. A number becomes text. Return "" for null, NaN and an empty list, and None for a value of another type.
+    `path`, `place` (the row's position in the file) and `column` are for messages.
 
     Raises:
         ValueError: A list holds something other than texts.
@@ -306,12 +316,13 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
 def _several(path: Path, place: str, column: str, value: object, kind: str) -> str | None:
     """Return the labels in a cell as one text: classes with commas between them, or tags with spaces.
 
-    `value` is the cell, a list of labels or a text with commas or spaces between them. `kind` is "set" for classes,
-    "tags" for a tag for each word. Return None for a value of another type. `path`, `place` (the row's position in the
-    file) and `column` are for messages.
+    `value` is the cell: a list of labels, or a text with commas (classes) or spaces (tags) between them. `kind` is
+    "set" for classes, "tags" for a tag for each word. Labels are stripped, and empty ones between the commas of a text
+    are left out. Return "" for null, NaN and an empty cell, and None for a value of another type. `path`, `place` (the
+    row's position in the file) and `column` are for messages.
 
     Raises:
-        ValueError: A label in the list is no text or number, is empty, or holds the separator.
+        ValueError: A label is no text or number, or holds the separator. Or a label in a list, or a tag, is empty.
     """
     between = "," if kind == "set" else " "
     parts = value if isinstance(value, list) else None
@@ -333,10 +344,11 @@ def _several(path: Path, place: str, column: str, value: object, kind: str) -> s
 def _words(path: Path, place: str, column: str, value: object) -> str:
     """Return the words of `value`, a text or a list of words, with one space between them.
 
-    `path`, `place` (the row's position in the file) and `column` are for messages.
+    An empty text or list gives "". `path`, `place` (the row's position in the file) and `column` are for messages.
 
     Raises:
-        ValueError: `value` is neither, or a word is empty or holds white space or a NUL character.
+        ValueError: `value` is neither a text nor a list, or holds a NUL character. Or an element of a list is no text,
+            is empty or holds white space.
     """
     if not isinstance(value, list):
         value = _text(path, place, column, value).split()
@@ -349,14 +361,18 @@ def _words(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _start(value: object) -> int:
-    """Return the character at which the first answer of SQuAD's object `answers` begins, or -1 if `value` has none."""
+    """Return the character at which the first answer begins in its text, by SQuAD's object `answers`.
+
+    `value` is that object. Its field `answer_start` is an integer or a list of integers. Return -1 if `value` has no
+    such field, the list is empty, or it holds something else.
+    """
     starts = value.get("answer_start") if isinstance(value, dict) else None
     first = starts[0] if isinstance(starts, list) and starts else starts
     return first if isinstance(first, int) and not isinstance(first, bool) else -1
 
 
 def _text(path: Path, place: str, column: str, value: object) -> str:
-    """Return `value` if it is a text without NUL characters.
+    """Return `value` if it is a text without NUL characters. It is returned unchanged.
 
     `path`, `place` (the row's position in the file) and `column` are for messages.
 
@@ -371,9 +387,10 @@ def _text(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _more(path: Path, place: str, columns: Sequence[str], row: Row) -> list[str]:
-    """Return the texts in the columns `columns` of a row as one list. A column may hold a text or a list of texts.
+    """Return the texts in the columns `columns` of `row`, a dict by column, as one list in the order of the columns.
 
-    `path` and `place` (the row's position in the file) are for messages.
+    A column may hold a text or a list of texts, and `row` has to have all of them. `path` and `place` (the row's
+    position in the file) are for messages.
 
     Raises:
         ValueError: A column holds something else.

@@ -49,9 +49,10 @@ class TokenFile:
 
 
 def token_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the token files (.bin) among `paths` and in the folders among them, or [] if `paths` hold text alone.
+    """Return the token files (.bin) among `paths` and directly in the folders among them, or [] if there are none.
 
-    Raise `ValueError` if there are both token files and paths without one.
+    The files are in the order of `paths`, and sorted by name within a folder. Raise `ValueError` if there are both
+    token files and paths without one.
     """
     found: list[Path] = []
     text: list[Path] = []
@@ -67,11 +68,12 @@ def token_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
-    """Open a token file as a `TokenFile`. Only its header is read, not its ids.
+    """Open a token file as a `TokenFile`: its path, its ids and the fields of its header. The ids are not read yet.
 
-    The file is one of this library, of llm.c, or has no header. For a file without a header `raw_dtype` has to name the
-    type of its ids, "uint16" or "uint32". Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is
-    damaged, of another kind, or of another size than its header states.
+    The file is one of this library, of llm.c, or has no header. For the last two, `TokenFile.header` is None. For a
+    file without a header `raw_dtype` has to name the type of its ids, "uint16" or "uint32"; for the others it has to be
+    None. Raise `FileNotFoundError` if there is no such file. Raise `ValueError` if it is damaged, of an earlier version
+    or another kind, of another size than its header states, or holds no ids.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a token file")
@@ -117,8 +119,9 @@ def write_token_file(
     """Write a token file that holds the ids of `pieces`, one array after the other, and return the number of ids.
 
     The header stores `dtype` ("uint16" or "uint32"), the number of ids, a checksum, a hash of the tokenizer's
-    vocabulary, and `document_token`, the id that begins each document. The ids have to fit `dtype`; this is not
-    checked. The file is written under a temporary name and renamed when it is complete.
+    vocabulary, and `document_token`, the id that begins each document. The token itself is not added to the ids. The
+    ids have to fit `dtype`; this is not checked. The file is written under a temporary name and renamed when it is
+    complete.
     """
     count = crc = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -135,13 +138,16 @@ def write_token_file(
 
 
 def pack_header(fields: dict[str, Any]) -> bytes:
-    """Return the 1,024 bytes of a token file's header: magic bytes, `fields` as JSON, and a checksum of both."""
+    """Return the 1,024 bytes of a token file's header: magic bytes, `fields` as JSON, and a checksum of both.
+
+    The JSON is padded with spaces to 1,012 bytes. Longer JSON makes a longer header, which is no valid one.
+    """
     head = MAGIC + json.dumps(fields).encode().ljust(_CHECKED - len(MAGIC))
     return head + struct.pack("<I", zlib.crc32(head))
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256, in hexadecimal digits, of all of the tokenizer's tokens with their ids."""
+    """Return the SHA-256, in hexadecimal digits, of all tokens with their ids, added tokens included."""
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
@@ -160,8 +166,9 @@ def check_vocabulary(file: TokenFile, tokenizer: Tokenizer) -> None:
 def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
     """Read all ids of a token file once and return their CRC-32.
 
-    Raise `ValueError` if the CRC-32 differs from the header's, or if an id lies beyond the tokenizer's vocabulary. For
-    a file without a checksum, also raise it if all ids are 0, or if uint16 ids look like the halves of uint32 ids.
+    Raise `ValueError` if an id lies beyond the tokenizer's vocabulary, or the CRC-32 differs from the header's. For a
+    file without a checksum (`file.header` is None), also raise it if all ids are 0, or if the uint16 ids look like the
+    halves of uint32 ids: every second one is nearly 0.
     """
     crc, size = 0, vocabulary_size(tokenizer)
     even = odd = 0  # the largest ids at even and at odd places
@@ -188,10 +195,10 @@ def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
 
 
 def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]:
-    """Return (training stream, validation stream) of the ids in token files.
+    """Return (training stream, validation stream) of the ids in token files, each in the order of `files`.
 
-    Files whose names contain the word val, valid or validation are for validation. If there are none, the last tenth of
-    all ids is. Raise `ValueError` if no file is left for training.
+    Files whose names contain the word val, valid or validation, in any case, are for validation. If there are none, the
+    last tenth of all ids is. Raise `ValueError` if no file is left for training.
     """
     valid = [file.tokens for file in files if _FOR_VALIDATION.search(file.path.name)]
     train = [file.tokens for file in files if not _FOR_VALIDATION.search(file.path.name)]
@@ -222,10 +229,11 @@ def _check_size(path: Path, header: int, count: int, dtype: np.dtype) -> None:
 
 
 def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
-    """Return (dtype, number of ids) of llm.c's token file that begins with the bytes `head`.
+    """Return (dtype of the ids, number of ids) of llm.c's token file that begins with the bytes `head`.
 
-    `number` is the file's magic number, and `path` is for messages. Raise `ValueError` if the file holds no tokens or
-    its header is damaged.
+    `head` has 1,024 bytes, or fewer if the file is shorter. `number` is llm.c's magic number in its first four bytes,
+    and `path` is for messages. Raise `ValueError` if the number is that of another kind of file, or the header is cut
+    off or damaged.
     """
     if number not in _llmc.TOKENS:
         raise ValueError(f"{path}: {_llmc.describe(number)}, by llm.c; expected a token file")
@@ -247,8 +255,8 @@ def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
 def _parse(path: Path, head: bytes) -> dict[str, Any]:
     """Return the fields of a token file's header: dtype, count, crc32, vocabulary and document_token.
 
-    `head` is the file's first 1,024 bytes, and `path` is for messages. Raise `ValueError` if the checksum is wrong, or
-    a field is missing or has another type.
+    `head` is the file's first 1,024 bytes, and `path` is for messages. Raise `ValueError` if the first bytes or the
+    checksum are wrong, or a field is missing or has another type.
     """
     checked, crc = head[:_CHECKED], head[_CHECKED:HEADER]
     if not head.startswith(MAGIC) or crc != struct.pack("<I", zlib.crc32(checked)):
@@ -268,7 +276,8 @@ def _parse(path: Path, head: bytes) -> dict[str, Any]:
 def _prepare_command(path: Path) -> str:
     """Return the command line of `gpt-fast prepare` that makes the token file at `path` anew, for a message.
 
-    It names the data if a readable data.json lies beside the file, else the placeholder TEXT.
+    It is "gpt-fast prepare --data DATA --tokenizer TOKENIZER.json --out NEW_FOLDER". DATA are the sources that a
+    readable data.json beside the file lists, else the placeholder TEXT.
     """
     try:
         data = json.loads((path.parent / "data.json").read_text(encoding="utf-8"))["data"]

@@ -33,16 +33,17 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
     Args:
         kind: "bpe" and "char" learn their vocabulary from `texts`, and "byte" needs none. Anything else is the path of
-            a tokenizer.json.
-        texts: Texts to learn from. "byte" and a file ignore them.
+            a tokenizer.json, or of the folder that holds one.
+        texts: Texts to learn from, in which half of a surrogate pair is read as U+FFFD. "byte" and a file ignore them.
         vocab_size: Largest vocabulary of "bpe", special tokens included. The other kinds ignore it.
 
     Returns:
         A `tokenizers.Tokenizer` with the five special tokens.
 
     Raises:
-        ValueError: The kind is unknown, the file is no tokenizer, or the vocabulary is too small for the 256 bytes and
-            the special tokens.
+        FileNotFoundError: The folder holds no tokenizer.json.
+        ValueError: The kind is unknown or the path does not exist, the file is no tokenizer, or `vocab_size` of "bpe"
+            is too small for the 256 bytes and the special tokens.
 
     Example:
         ```python
@@ -66,6 +67,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 def check_kind(kind: str) -> None:
     """Raise `ValueError` if `kind` is neither a kind of tokenizer ("bpe", "byte" or "char") nor an existing path.
 
+    A path may lead to a file or a folder, whose content is not read.
+
     Raises:
         ValueError: `kind` is neither.
     """
@@ -79,7 +82,8 @@ def check_kind(kind: str) -> None:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens on `texts`. Its special tokens have the ids 0 to 4.
 
-    Any text can be encoded, and decoding its ids gives it back exactly.
+    A pair of tokens has to occur twice to be merged. Any text without lone surrogates can be encoded, and decoding its
+    ids gives it back exactly.
 
     Returns:
         The trained tokenizer.
@@ -120,7 +124,8 @@ def byte_tokenizer() -> Tokenizer:
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Return a tokenizer with one token for each character of `texts`. Other characters become `<|unk|>`.
 
-    The five special tokens and `<|unk|>` have ids 0 to 5. The characters follow in the order of their code points.
+    The five special tokens have the ids 0 to 4, and `<|unk|>` has 5. The characters follow in the order of their code
+    points.
     """
     return _words_tokenizer([*SPECIAL_TOKENS.values(), UNKNOWN, *sorted(set().union(*texts))])
 
@@ -128,8 +133,8 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
     """Return a tokenizer for another library's character-level model. A character's id is its index in `letters`.
 
-    `<|unk|>`, which stands for any other character, and the special tokens have the ids behind these. Such a model has
-    no embedding for them.
+    `<|unk|>`, which stands for any other character, has the id `len(letters)`, and the five special tokens follow. The
+    other library's model has no embeddings for these six.
     """
     return _words_tokenizer([*letters, UNKNOWN])
 
@@ -178,8 +183,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def parse_tokenizer(text: str) -> Tokenizer:
     """Return the tokenizer whose tokenizer.json has the content `text`.
 
-    The tokenizer neither truncates nor pads. Those of `SPECIAL_TOKENS` that it lacks are added behind its own
-    vocabulary. A text that is no tokenizer.json raises the exception of `Tokenizer.from_str`.
+    The tokenizer neither truncates nor pads, even if tokenizer.json says so. The special tokens of `SPECIAL_TOKENS`
+    that it lacks are added behind its own vocabulary. A text that is no tokenizer.json raises the exception of
+    `Tokenizer.from_str`.
     """
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
@@ -201,7 +207,11 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the five special tokens by the names of their fields in `GPTConfig`, such as "start_token"."""
+    """Return {name: id} of the five special tokens, by the names of their fields in `GPTConfig`.
+
+    The names are pad_token, mask_token, start_token, delimiter_token and extract_token. Raise `KeyError` if the
+    tokenizer lacks one of the tokens.
+    """
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
 
@@ -249,10 +259,10 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 25
     Args:
         tokenizer: A tokenizer.
         texts: Texts.
-        chunk: Number of pieces that are encoded at a time.
+        chunk: Largest number of pieces that are encoded at a time.
 
     Yields:
-        Ids of one text.
+        Ids of one text, in the order of `texts`; [] for an empty text.
 
     Example:
         ```python
@@ -279,7 +289,8 @@ def encoded_pieces(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256)
     """Yield (begins, ids) for each piece of each text, where `begins` is True if a text begins with this piece.
 
     A long text is cut into pieces at places that change no token, because one encoding takes 150 bytes and more for
-    each byte of its text. `chunk` is the largest number of pieces that are encoded at a time.
+    each byte of its text. A short text is one piece, and an empty text is (True, []). Special tokens are not added.
+    Half of a surrogate pair is read as U+FFFD. `chunk` is the largest number of pieces that are encoded at a time.
 
     Yields:
         The pair for one piece.
@@ -306,7 +317,7 @@ def _encoded(tokenizer: Tokenizer, batch: list[tuple[bool, str]]) -> Iterator[tu
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
-    """Return the text of `ids`. Special tokens are written out, or skipped if `special` is False."""
+    """Return the text of `ids`. Special tokens are written out, such as `<|pad|>`, or skipped if `special` is False."""
     return tokenizer.decode(ids, skip_special_tokens=not special)
 
 
@@ -317,7 +328,8 @@ def added_text(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) 
     space between words when they decode, so the first space would be lost.
 
     Returns:
-        The decoded text of `before` and `new` behind the part that it shares with the decoded text of `before`.
+        The decoded text of `before` and `new` together, without the longest beginning that it shares with the decoded
+        text of `before` alone.
     """
     text, start = (decode(tokenizer, ids, special=False) for ids in ([*before, *new], before))
     return text[len(shared_start(text, start)) :]
@@ -331,12 +343,12 @@ def shared_start(one: str, other: str) -> str:
 
 
 def keeps_text(tokenizer: Tokenizer) -> bool:
-    """Return True if the decoded text of some ids never changes when further ids are appended.
+    """Return True if the decoded text of some ids stays the same when further ids are appended, but for its end.
 
-    An exception are the bytes of one character, which several ids may share.
+    The end may change if its last ids hold only a part of a character's bytes.
 
     Returns:
-        True for the decoders ByteLevel and Fuse, False for any other.
+        True for the decoders ByteLevel and Fuse, False for any other, such as those that put spaces between words.
     """
     return isinstance(tokenizer.decoder, (decoders.ByteLevel, decoders.Fuse))
 
@@ -344,7 +356,8 @@ def keeps_text(tokenizer: Tokenizer) -> bool:
 def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
     """Return a tokenizer that cuts text into single characters, whose ids are their indices in `words`.
 
-    Characters that `words` lacks become `<|unk|>`, which `words` has to contain.
+    Characters that `words` lacks become `<|unk|>`, which `words` has to contain. Special tokens that `words` lacks are
+    added with the ids behind it.
     """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -353,7 +366,7 @@ def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
-    """Return `tokenizer` itself, to which this function adds the special tokens that it lacks.
+    """Return `tokenizer` itself, to which this function adds the special tokens that it lacks, in place.
 
     The tokenizer then encodes text that spells a special token, such as `<|pad|>`, as ordinary text.
     """
@@ -363,9 +376,10 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """Return the 256 printable characters by which byte-level tokenizers write the bytes 0 to 255.
+    """Return the 256 printable characters by which byte-level tokenizers write the bytes 0 to 255, in this order.
 
-    A byte's character is its own in Latin-1 if that is printable, else the next free code point from 256 on.
+    A byte's character is its own in Latin-1 if that is printable and no space, else the next free code point from 256
+    on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(256, 512))

@@ -31,11 +31,15 @@ _BEHIND_MARK = re.compile(rf"(?<=[^\w{_SPACE}'])(?=[^\W_])")
 def keeps_tokens(tokenizer: Tokenizer) -> Keeps:
     """Return a function `keeps(text, place)`: True if cutting `text` at index `place` changes no token near the cut.
 
-    The function encodes up to 64 characters on each side of the cut, together and apart, and compares the ids.
+    The function encodes up to 64 characters on each side of the cut with `tokenizer`, together and apart, and compares
+    the ids.
     """
 
     def keeps(text: str, place: int) -> bool:
-        """Return True if cutting `text` at index `place` leaves the ids of the characters around it unchanged."""
+        """Return True if cutting `text` at index `place` leaves the ids of up to 64 characters on each side unchanged.
+
+        `text[place]` is the first character behind the cut. The tokenizer is the argument of `keeps_tokens`.
+        """
         before, after = text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]
         whole, *parts = (
             tokenizer.encode(part, add_special_tokens=False).ids for part in (before + after, before, after)
@@ -48,9 +52,11 @@ def keeps_tokens(tokenizer: Tokenizer) -> Keeps:
 def next_place(text: str, keeps: Keeps | None = None) -> int | None:
     """Return the best index at which to cut `text` so that no token changes, or None if none is found.
 
-    This is the first line end, else the first end of a sentence, else the first white space, else the first word behind
-    a punctuation mark. `keeps(text, index)`, if given, must return True for the index (see `keeps_tokens`). It is
-    called for 16 indices of each of these four kinds at most.
+    `text[index]` is the first character behind the cut. The best is the first cut at a line end, else behind a
+    sentence, else at any white space, else between a punctuation mark and a word. At white space, the cut is in front
+    of its last character, which then begins the word behind. `keeps(text, index)`, if given, must return True for the
+    index (see `keeps_tokens`). It is called for 16 indices of each of these four kinds at most. The index 0 is never
+    returned.
     """
     spaces = [found.start() for found in _LAST_SPACE.finditer(text, 1)]
     marks = [found.start() for found in _BEHIND_MARK.finditer(text, 1)]
@@ -69,9 +75,10 @@ def next_place(text: str, keeps: Keeps | None = None) -> int | None:
 def last_place(text: str, keeps: Keeps | None = None) -> int | None:
     """Return the last index at which `text` can be cut so that no token changes, or None if none is found.
 
-    This is the last white space in front of a word, else the last word behind a punctuation mark. `keeps(text, index)`,
-    if given, must return True for the index (see `keeps_tokens`). It is called only for the last 16 indices of each
-    kind, first among the last 2,048 characters and then in the whole text.
+    `text[index]` is the first character behind the cut. It is the last white-space character in front of a word, else
+    the beginning of the last word directly behind a punctuation mark. `keeps(text, index)`, if given, must return True
+    for the index (see `keeps_tokens`). It is called only for the last 16 indices of each kind, first among the last
+    2,048 characters and then in the whole text. The index 0 is never returned.
     """
     for pattern in (_LAST_SPACE, _BEHIND_MARK):
         for first in (max(1, len(text) - 2048), 1):
@@ -83,10 +90,11 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
 
 
 def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
-    """Yield the concatenation of `texts` in pieces of at most `size` characters (`PIECE` if it is None).
+    """Yield the concatenation of `texts` in pieces of at most `size` characters (32,768 if it is None).
 
-    A piece ends at the last index that changes no token, which `last_place` finds with `keeps`. If there is no such
-    index, the piece has `size` characters. The last piece is the rest of the text.
+    A piece ends at the last index within its `size` characters at which a cut changes no token, which `last_place`
+    finds with `keeps`. If there is no such index, the piece has `size` characters. The last piece is the rest of the
+    text. An empty text yields nothing.
     """
     size = PIECE if size is None else size
     rest = ""
@@ -104,7 +112,10 @@ def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = 
 
 
 def _ends_line(text: str, place: int) -> bool:
-    """Return True if the run of white space whose last character is `text[place]` contains a line end."""
+    """Return True if the run of white space whose last character is `text[place]` contains a line end.
+
+    Return False if `text[place]` is no white space.
+    """
     while place >= 0 and text[place] in _SPACES:
         if text[place] in _LINE_ENDS:
             return True
@@ -115,8 +126,9 @@ def _ends_line(text: str, place: int) -> bool:
 def _ends_sentence(text: str, place: int) -> bool:
     """Return True if a sentence ends at index `place`.
 
-    If `text[place]` is white space, the sentence has to end in front of that white space. Otherwise it has to end
-    directly in front of `place` with a mark beyond ASCII, such as the Chinese full stop.
+    It ends with a mark such as a full stop, behind which closing quotes or brackets may stand. If `text[place]` is
+    white space, the sentence has to end in front of this run of white space. Otherwise it has to end directly in front
+    of `place`, with a mark beyond ASCII such as the Chinese full stop.
     """
     spaced = text[place] in _SPACES
     while place > 0 and text[place] in _SPACES:

@@ -57,7 +57,11 @@ class TextFile:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """Endings of the name in lower case: (format, compression), such as (".csv", ".gz"). Either may be ""."""
+        """Return the endings (format, compression) of the name in lower case, such as (".csv", ".gz").
+
+        Either may be "". For a member of a zip archive they are the endings of the member's name. The compressions are
+        .gz, .zst, .bz2 and .xz.
+        """
         name = PurePosixPath(self.member or self.path.name.lower())
         packed = name.suffix.lower() if name.suffix.lower() in COMPRESSED else ""
         return PurePosixPath(name.name[: len(name.name) - len(packed)]).suffix.lower(), packed
@@ -73,9 +77,10 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """True if the file is uncompressed UTF-8.
+        """Return True if the file, or the member of a zip archive itself, is uncompressed UTF-8.
 
-        Then a byte's position in the file is its position in the text plus `bom`, the length of the byte order mark.
+        If True, a byte's position in the file is its position in the text plus `bom`, the length of the byte order
+        mark.
         """
         return not self.compression and self.encoding == "utf-8"
 
@@ -83,9 +88,10 @@ class Layout:
 def find(path: Path) -> list[TextFile]:
     """Return the files at `path`: the file itself, or every file below a folder. A .zip archive becomes its members.
 
-    Hidden and empty files in folders and archives are skipped. Links are followed, and each folder and file is taken
-    once, so links that form a loop do no harm. Raise `FileNotFoundError` if `path` does not exist or a link leads
-    nowhere, and `ValueError` if every file that is found is empty, or none is found.
+    The files of a folder are sorted by path, members by name. Hidden and empty files in folders and archives are
+    skipped. Links are followed, and each folder and file is taken once, so links that form a loop do no harm. Raise
+    `FileNotFoundError` if `path` does not exist or a link leads nowhere. Raise `ValueError` if every file that is found
+    is empty, if none is found, or if an archive is damaged or has an encrypted member.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -105,12 +111,17 @@ def find(path: Path) -> list[TextFile]:
 def kind_of(file: TextFile, in_folder: bool = False) -> str:
     """Return the format of a file, "text", "jsonl", "json", "csv", "tsv" or "parquet", by its name or else its content.
 
-    If `in_folder`, the file was found in a folder or an archive. Then a .json file with one value, such as a
-    package.json among source code, is text.
+    The endings .csv, .tsv, .jsonl, .ndjson and .parquet decide alone. A .json file is "json" if it holds an array, and
+    "jsonl" if it holds an object on each line. A file without an ending is "jsonl" if its first line is an object.
+    Other files are "text".
+
+    `in_folder` tells that the file was found in a folder or an archive. Then a .json file of another form, such as a
+    package.json among source code, is "text". Otherwise it is "jsonl" if it is one object on one line, and else an
+    error.
 
     Raises:
-        ValueError: The file is a token file, a compressed parquet table, or a document that is not text, such as a PDF.
-            Or it is a .json file with one value that is not a row on one line, and not `in_folder`.
+        ValueError: The file is a token file (.bin), a tar archive, or a document that is not text, such as a PDF. Or it
+            is a parquet table that is compressed or in an archive, or a .json file with one value, as described above.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:
@@ -148,8 +159,9 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
 def json_form(file: TextFile) -> str:
     """Return the form of a JSON file: "json" for an array, "jsonl" for an object on each line, "object" for one object.
 
-    Return "" for any other value. Only the beginning of the file is read, up to its second line that is not blank. A
-    file with a single line that is an object has the form "object".
+    Return "" for any other value and for a file of blank lines. Only the first two lines that are not blank are read.
+    The form is "json" if the first line begins with "[". It is "jsonl" if the first line begins with "{" and ends with
+    "}", and the second begins with "{". It is "object" for any other text that begins with "{", even a single line.
     """
     with open_utf8(file) as opened:
         head = opened.readline(ROW).lstrip()
@@ -164,7 +176,7 @@ def json_form(file: TextFile) -> str:
 
 
 def too_long() -> str:
-    """Return the message for a table's row of more than `ROW` bytes."""
+    """Return the message for a table's row of more than `ROW` (2**26) bytes, without the file's name."""
     return f"a row of more than {ROW:,} bytes; expected fewer"
 
 
@@ -172,8 +184,9 @@ def too_long() -> str:
 def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
     """Yield a binary stream of the file's text in UTF-8, without a byte order mark, from byte `start` of that text on.
 
-    A compressed file is decompressed, and text in UTF-16 or UTF-32 is recoded. Reading a damaged file inside the block
-    raises `ValueError`.
+    A compressed file is decompressed, and text with the byte order mark of UTF-16 or UTF-32 is recoded. Bytes without
+    such a mark are not checked to be UTF-8. The stream is closed when the block ends. Opening a damaged file, or
+    reading it inside the block, raises `ValueError`.
     """
     with _named_damage(file):
         layout = layout_of(file)
@@ -193,7 +206,8 @@ def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
 def layout_of(file: TextFile) -> Layout:
     """Return the compression, the encoding and the length of the byte order mark of a file, found from its first bytes.
 
-    Raise `ValueError` if the name promises another compression.
+    The encoding is "utf-8" if there is no mark. Raise `ValueError` if the compression is not the one that the name's
+    ending promises, or the file is damaged.
     """
     with _named_damage(file):
         with _raw(file) as raw:
@@ -212,7 +226,8 @@ def layout_of(file: TextFile) -> Layout:
 def size_of(file: TextFile) -> int:
     """Return the length of the file's text in bytes of UTF-8, without a byte order mark.
 
-    A file that is compressed, recoded or in an archive is read to its end to find its length.
+    A file that is compressed, recoded or in an archive is read to its end to find its length. The length is cached as
+    long as the file does not change.
     """
     layout = layout_of(file)
     if layout.plain and not file.member:
@@ -223,7 +238,8 @@ def size_of(file: TextFile) -> int:
 def place_in_file(file: TextFile, place: int) -> str:
     """Return a position for a message: "byte 7", or "byte 7 of its text" for a file that is compressed or not in UTF-8.
 
-    `place` counts the bytes of the file's text in UTF-8 without a byte order mark.
+    `place` counts the bytes of the file's text in UTF-8 without a byte order mark. The number in "byte 7" counts the
+    mark, the number in "byte 7 of its text" does not.
     """
     layout = layout_of(file)
     return f"byte {place + layout.bom}" if layout.plain else f"byte {place} of its text"
@@ -250,10 +266,11 @@ def _read_through(file: TextFile, written: int) -> int:
 
 
 def _walk(folder: Path) -> list[TextFile]:
-    """Return each file below `folder` once, sorted by path, without hidden ones.
+    """Return each file below `folder` once, sorted by path, without hidden files and what lies in hidden folders.
 
-    A file that links also lead to has its own path, not a link's. Raise `FileNotFoundError` for a link that leads
-    nowhere.
+    The name of each `TextFile` is its path below `folder`. Links are followed. A file that several paths lead to has
+    the one that is found first; paths through links to folders come last. Raise `FileNotFoundError` for a link that
+    leads nowhere.
     """
     files: dict[str, Path] = {}
     folders, links = [folder], list[Path]()
@@ -278,7 +295,7 @@ def _walk(folder: Path) -> list[TextFile]:
 
 
 def _members(file: TextFile) -> list[TextFile]:
-    """Return the members of a zip archive, sorted by name, without folders and hidden or empty members.
+    """Return the members of a zip archive as `TextFile`s, sorted by name, without folders and hidden or empty members.
 
     Raise `ValueError` if a member is encrypted or the archive is damaged.
     """
@@ -310,7 +327,7 @@ def _raw(file: TextFile) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
-    """Yield a binary stream of the file's decompressed bytes.
+    """Yield a binary stream of the file's decompressed bytes, in the file's encoding.
 
     `compression` is "gzip", "zstd", "bzip2", "xz", or "" for none. Raise `ValueError` for zstd if pyarrow is not
     installed.
@@ -332,10 +349,10 @@ def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _named_damage(file: TextFile) -> Iterator[None]:
-    """Raise a `ValueError` that names the file for an error by which the block finds the file or archive damaged.
+    """Turn an error inside the block that means a damaged file or archive into a `ValueError` that names `file`.
 
-    These are the errors of the modules that decompress, such as `zlib.error`. Errors of the operating system are raised
-    unchanged.
+    These are the errors of the modules that decompress, such as `zlib.error`, and an `OSError` without an errno. An
+    `OSError` with an errno, which the operating system raised, passes unchanged, and so do all others.
     """
     try:
         yield
@@ -371,7 +388,8 @@ class _Recoded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with the next bytes of UTF-8 and return how many, 0 at the end of the stream.
 
-        Raise `ValueError` if the stream is not in its encoding.
+        Fewer bytes than the buffer has room for may be written. Raise `ValueError` if the stream is not in its
+        encoding.
         """
         while not self._ready:
             block = self._stream.read(TEXT_BLOCK)

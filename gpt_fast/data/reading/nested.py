@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 
 def is_squad(articles: object) -> bool:
-    """Return True if `articles` has the form of SQuAD's `data`: a list of objects, each with `paragraphs`."""
+    """Return True if `articles` has the form of SQuAD's `data`: a list, not empty, of objects with `paragraphs`."""
     return (
         isinstance(articles, list)
         and bool(articles)
@@ -20,11 +20,12 @@ def is_squad(articles: object) -> bool:
 
 
 def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
-    """Yield ("row 5", row) for each question in SQuAD's list of articles. `source` names the file in messages.
+    """Yield ("row 5", row) for each question in SQuAD's list of articles, counted from 1. `source` is for messages.
 
-    A row has the fields title, context, id, question and answers, like Hugging Face's copy. `answers` has the lists
-    `text` and `answer_start`, which are empty for a question without an answer, as in SQuAD 2.0. Raise `ValueError` if
-    the articles have another form.
+    A row has the fields title, context, id and question, like Hugging Face's copy, with None for one that the file
+    lacks. If the question has `answers`, the row has `answers` too: a dict of the lists `text` and `answer_start`,
+    which are empty for a question without an answer, as in SQuAD 2.0. Raise `ValueError` if `paragraphs`, `qas` or
+    `answers` is not a list of objects.
     """
     number = count(1)
     for article in articles:
@@ -41,10 +42,13 @@ def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
 def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for each row of a table that `row`, one object of a file, stands for.
 
-    `place` is the position of `row` in the file, such as "row 5". An article of RACE makes a row for each of its
-    questions, and their places are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a
-    list of texts and whose `answer`, if the row has a known `answerKey`, is an index into that list. Any other row is
-    yielded unchanged.
+    `place` is the position of `row` in the file, such as "row 5". An article of RACE has the field `article` and the
+    lists `questions`, `options` and `answers`. It makes a row with id, article, question, options and answer for each
+    question, and their places are "row 5, question 1" and so on.
+
+    A row of ARC has choices with `text` and `label`, and its question may be an object that holds them. It makes one
+    row, whose `question` is a text and whose `choices` are a list of texts. If `answerKey` is one of the labels,
+    `answer` is its index in that list. Any other row is yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]
@@ -72,9 +76,9 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
 
 
 def _objects(source: str, value: Row, name: str) -> list[Row]:
-    """Return the list of objects that the field `name` of `value`, a part of SQuAD's nested form, holds.
+    """Return the list of objects in the field `name` of `value`, a part of SQuAD's nested form.
 
-    Raise `ValueError` if the field is something else. `source` names the file in the message.
+    Raise `ValueError` if the field is missing or is something else. `source` names the file in the message.
     """
     found = value.get(name)
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):

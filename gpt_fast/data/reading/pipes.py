@@ -15,7 +15,10 @@ STANDARD_INPUT = "-"
 
 
 def is_piped(source: str | Path) -> bool:
-    """Return True if `source` is standard input or another pipe or device, which can be read only once."""
+    """Return True if `source` is "-" (standard input) or an existing path that is neither a file nor a folder.
+
+    These are pipes and devices, which can be read only once. A path that does not exist gives False.
+    """
     path = Path(source)
     return str(source) == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
 
@@ -24,9 +27,10 @@ def is_piped(source: str | Path) -> bool:
 def copied(sources: Sequence[str]) -> Iterator[list[str]]:
     """Yield `sources` with the path of a temporary copy in place of each pipe. The copies are removed at the end.
 
-    A pipe is standard input ("-") or a named pipe, which can be read only once. A `ValueError` raised inside the block
-    whose message names a copy is raised again with the pipe's name instead. Raise `OSError` if the folder for temporary
-    files has no space left, and `ValueError` for a device without end.
+    A pipe is standard input ("-") or a named pipe, which can be read only once. Without a pipe, the sources are yielded
+    as a list and nothing else happens. With one, a `ValueError` raised inside the block is raised again as a plain
+    `ValueError`, whose message names the pipe instead of its copy. Raise `OSError` if the folder for temporary files
+    has no space left, and `ValueError` for a device that may give bytes without end.
     """
     if not any(map(is_piped, sources)):
         yield list(sources)
@@ -46,9 +50,9 @@ def copied(sources: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _ends(path: Path) -> bool:
-    """Return True if reading the pipe or device ends at some time, False for a device such as /dev/zero or a disk.
+    """Return True if reading the pipe or device at `path` ends at some time.
 
-    A terminal ends, by Ctrl-D.
+    This is so for pipes, and for a terminal, by Ctrl-D. It is not for a disk and other devices, such as /dev/zero.
     """
     if path.is_block_device():
         return False
@@ -61,8 +65,8 @@ def _ends(path: Path) -> bool:
 def _copy(source: str, folder: Path) -> str:
     """Copy standard input ("-") or a named pipe to a new file in `folder`, which is made. Return the file's path.
 
-    Raise `ValueError` if `source` is a device that may give bytes without end, and `OSError` if the copy cannot be
-    written.
+    The file is called "standard-input", or like the pipe. Raise `ValueError` if `source` is a device that may give
+    bytes without end, and `OSError` if the copy cannot be written.
     """
     is_input = source == STANDARD_INPUT
     if not is_input and not _ends(Path(source)):

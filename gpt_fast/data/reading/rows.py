@@ -35,10 +35,10 @@ Rows = Iterator[tuple[object, Any]]
 
 
 def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
-    """Return the `RowOptions` for the values of two options of the command line.
+    """Return `RowOptions(columns, skip_ragged)` for the values of two options of the command line.
 
-    `columns` is the value of --columns: names of columns separated by commas, or None. `skip_ragged` is True if
-    --skip-ragged is given.
+    `columns` is the value of --columns: names of columns separated by commas, or None. The names become a tuple, which
+    is empty for None. `skip_ragged` is True if --skip-ragged is given.
     """
     return RowOptions(() if columns is None else tuple(columns.split(",")), skip_ragged)
 
@@ -46,10 +46,14 @@ def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
 def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for each row of a labelled table: its position, such as "line 5", and a dict by column.
 
-    The nested forms of SQuAD, RACE and ARC are turned into rows. `options` are the options of reading a .csv or .tsv.
-    `say` is called with messages about quotes and about rows that were skipped. Raise `FileNotFoundError` if there is
-    no such file. Raise `ValueError` for a name without an ending of a table, for a file that is damaged, for a row that
-    has no named fields, and for `options.columns` of a file that names its columns itself.
+    `path` ends in .csv, .tsv, .jsonl, .ndjson, .json or .parquet. A compression ending such as .gz may follow, but not
+    behind .parquet. The nested forms of SQuAD, RACE and ARC are turned into rows. `options` matter for a .csv or .tsv
+    alone: `columns` names its columns if it has no header line, and `skip_ragged` skips rows with another number of
+    fields than columns. `say` is called with messages about the quotes of a .tsv and about rows that were skipped.
+
+    Raise `FileNotFoundError` if there is no such file. Raise `ValueError` for another ending or a folder, for a file
+    that is damaged or not UTF-8, and for a row that has no named fields. Also raise it if `options.columns` is given
+    for a file that names its columns itself. Errors come with the first row that is asked for, or later.
     """
     kind = table_kind(path)
     if not path.is_file():
@@ -66,7 +70,10 @@ def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> I
 
 
 def table_kind(path: Path) -> str:
-    """Return the format of a table by its name: "csv", "tsv", "jsonl", "json" or "parquet". t.csv.gz is "csv".
+    """Return the format of a table by its name: "csv", "tsv", "jsonl", "json" or "parquet".
+
+    Case does not matter, .ndjson counts as "jsonl", and a compression ending such as .gz is ignored: t.csv.gz is "csv".
+    The file need not exist.
 
     Raises:
         ValueError: `path` is a folder or has another ending.
@@ -78,10 +85,10 @@ def table_kind(path: Path) -> str:
 
 
 def written_kind(path: Path) -> str:
-    """Return the format of a table to be written by its name: "csv", "tsv" or "jsonl".
+    """Return the format of a table to be written by its name: "csv", "tsv" or "jsonl", in upper or lower case.
 
     Raises:
-        ValueError: `path` is a folder or has another ending.
+        ValueError: `path` is a folder or has another ending, such as .gz.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITTEN or path.is_dir():
@@ -90,7 +97,7 @@ def written_kind(path: Path) -> str:
 
 
 def _refuse(path: Path, suffix: str, suffixes: Sequence[str]) -> NoReturn:
-    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of the valid ones, `suffixes`."""
+    """Raise `ValueError`: `path` is a folder, or else its ending `suffix` is none of the valid endings `suffixes`."""
     has = "a folder" if path.is_dir() else f"ends in {suffix or 'nothing'!r}"
     raise ValueError(f"{path}: {has}; expected a table ending in {', '.join(suffixes)}")
 
@@ -104,15 +111,17 @@ def file_rows(
     end: int | None = None,
     column: str | None = None,
 ) -> Rows:
-    """Yield (place, row) for each row of a file: its position, such as "line 5" or "row 5", and a dict by column.
+    """Yield (place, row) for each row of a file: its position, and a dict by column.
 
-    In a JSON array a row may also be another value. `kind` is "jsonl", "json" (an array), "object" (a file with one
-    JSON object), "csv", "tsv" or "parquet". `options` (how to read rows, see `RowOptions`) and `say` (called with
-    messages for the user) are for .csv and .tsv alone.
+    The text of `place`, `str(place)`, is "line 5" or "row 5". `kind` is "jsonl", "json" (an array), "object" (a file
+    with one JSON object), "csv", "tsv" or "parquet". For "json" and "object" a row may also be another JSON value.
+    `options` and `say` are for "csv" and "tsv" alone. `options` hold the names of the columns of a file without a
+    header line, and whether to skip rows with another number of fields. `say` is called with messages for the user.
 
-    `start` and `end` limit JSON lines to those that begin at byte `start` of the text or later, and before byte `end`.
-    Of a parquet table they are the first row group and the one behind the last. An `end` of None means all up to the
-    end. Of a parquet table only the column `column` is read, if given. Raise `ValueError` for a damaged file.
+    `start` and `end` choose a part of a "jsonl" or "parquet" file, and other kinds ignore them. A "jsonl" file yields
+    the lines that begin at byte `start` of its text or later, and before byte `end`. A "parquet" file yields the row
+    groups from index `start` up to, but not including, `end`. An `end` of None means the end of the file. If `column`
+    is given, only that column of a "parquet" file is read. Raise `ValueError` for a file that is damaged or not UTF-8.
     """
     try:
         if kind == "parquet":
@@ -132,8 +141,9 @@ def file_rows(
 def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
     """Yield the text in `column` of each row, or "" if it is null. A row that is a text itself is yielded as it is.
 
-    `rows` are (place, row) pairs, as `file_rows` yields them, and `source` names the data in messages. Raise
-    `ValueError` for a row that lacks the column, holds something else than text, or holds a NUL character.
+    `rows` are (place, row) pairs: a row's position, and a dict by column or a text. `source` names the data in
+    messages. Raise `ValueError` if a row is neither, if it lacks the column, or if its value is not text or has a NUL
+    character.
     """
     for place, value in rows:
         if isinstance(value, dict):
@@ -155,22 +165,26 @@ def no_column(column: str, names: Collection[str]) -> str:
     """Return the words of an error about a column that is not among `names`, the names of the existing columns.
 
     An example is "no column 'txt' (did you mean 'text'?); it has 'text', 'label'". The hint is left out if no name is
-    near.
+    near. Without any names the words end in "it has none".
     """
     near = did_you_mean(column, names).removeprefix("; ")
     return f"no column {column!r}{near and f' ({near})'}; it has {', '.join(map(repr, names)) or 'none'}"
 
 
 def parquet_groups(file: TextFile) -> list[int]:
-    """Return the number of rows of each row group of a parquet table. Raise `ValueError` if it cannot be read."""
+    """Return the number of rows of each row group of a parquet table, in the order of the file.
+
+    Raise `ValueError` if the file cannot be read or pyarrow is not installed.
+    """
     with _parquet_file(file) as table:
         return [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
 
 
 def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
-    """Yield ("row 5", {column: text}) for each row of a Hugging Face data set, from index `start` up to `end`.
+    """Yield ("row 5", {column: value}) for each row of a Hugging Face data set whose index is in [start, end).
 
-    Raise `ValueError` if the data set lacks the column.
+    Indices begin at 0, and the numbers in positions such as "row 5" at 1. `source` is hf:NAME or hf:NAME:SPLIT. Values
+    are not checked to be texts. Raise `ValueError` if the data set cannot be loaded or lacks the column.
     """
     table = data_set(source)
     if column not in table.column_names:
@@ -183,8 +197,9 @@ def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
 def data_set(source: str) -> Any:
     """Load the `datasets.Dataset` that `source` names: hf:NAME or hf:NAME:SPLIT. SPLIT is "train" if it is left out.
 
-    NAME is a data set on the Hugging Face Hub, or a folder made by `save_to_disk`. The last four data sets are cached.
-    Raise `ValueError` if it cannot be loaded or the package datasets is not installed.
+    NAME is a folder made by `save_to_disk`, or else a data set on the Hugging Face Hub. A folder with a single data set
+    has no splits, so SPLIT is ignored. The last four data sets are cached. Raise `ValueError` if it cannot be loaded or
+    the package datasets is not installed.
     """
     require("datasets", "hf", source)
     return _load_data_set(source)
@@ -192,9 +207,11 @@ def data_set(source: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _load_data_set(source: str) -> Any:
-    """Load the `datasets.Dataset` that `source` names, hf:NAME or hf:NAME:SPLIT. The last four results are cached.
+    """Load the `datasets.Dataset` that `source` names: hf:NAME or hf:NAME:SPLIT. SPLIT is "train" if it is left out.
 
-    `data_set` says what NAME and SPLIT are. Raise `ValueError` if NAME is empty or the data set cannot be loaded.
+    NAME is a folder made by `save_to_disk`, or else a data set on the Hugging Face Hub. If the Hub cannot be reached,
+    only the local cache is used. For a folder with a single data set, SPLIT is ignored. The last four results are
+    cached. Raise `ValueError` if NAME is empty or the data set cannot be loaded.
     """
     import datasets
 
@@ -225,7 +242,11 @@ class _Line:
         self._file, self._start, self._number = file, start, number
 
     def __str__(self) -> str:
-        """Return "line 5" for this line's number, counted from the beginning of the file."""
+        """Return "line N", where N counts from 1 at the beginning of the file.
+
+        This reads the file up to the byte from which the object's own number counts, to add the lines in front of that
+        byte.
+        """
         before, left = 0, self._start
         if left:
             with open_utf8(self._file) as opened:
@@ -237,8 +258,9 @@ class _Line:
 def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
     """Yield (place, row) for each JSON object on a line that begins at byte `start` of the text or later, before `end`.
 
-    `place` is the line's position, such as "line 5". An `end` of None means all lines up to the end. Blank lines are
-    skipped. Raise `ValueError` for a line that is no JSON object or longer than `files.ROW` bytes.
+    `start` is 0 or the beginning of a line. `place` is an object whose text is the line's position, such as "line 5".
+    An `end` of None means all lines up to the end. Blank lines are skipped. Raise `ValueError` for a line that is no
+    JSON object in UTF-8 or is longer than `files.ROW` (2**26) bytes.
     """
     at = start
     with open_utf8(file, start) as opened:
@@ -258,9 +280,11 @@ def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
 
 
 def _json_array(file: TextFile) -> Rows:
-    """Yield ("row 5", value) for each value of the JSON array in a file, which is parsed value by value.
+    """Yield ("row 5", value) for each value of the JSON array in a file, counted from 1.
 
-    Raise `ValueError` if the file holds something else than one array.
+    The array is parsed value by value, without holding all of it in memory. Raise `ValueError` if the file holds
+    something else than one array, or a value is longer than `files.ROW` (2**26) characters. Bytes that are not UTF-8
+    raise `UnicodeDecodeError`.
     """
     with open_utf8(file) as opened:
         text = _Ahead(file, opened)
@@ -277,11 +301,12 @@ def _json_array(file: TextFile) -> Rows:
 
 
 def _json_object(file: TextFile) -> Rows:
-    """Yield ("row 5", row) for each row of a file with one JSON object.
+    """Yield ("row 5", row) for each row of a file with one JSON object, counted from 1.
 
-    The rows are the questions of SQuAD's format, the values of the list that the object holds as `data`, or the object
-    itself as the only row. Raise `ValueError` for a file that is empty, is larger than four times `files.ROW` bytes, or
-    holds another value than an object.
+    If the field `data` of the object is a list, the rows are its values, or the questions in it for SQuAD's nested
+    form. Otherwise the object itself is the only row. Raise `ValueError` for a file that is empty, has more than four
+    times `files.ROW` (2**26) bytes, or holds another value than an object. Bytes that are not UTF-8 raise
+    `UnicodeDecodeError`.
     """
     most = 4 * files.ROW
     with open_utf8(file) as opened:
@@ -299,11 +324,11 @@ def _json_object(file: TextFile) -> Rows:
 
 
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
-    """Return the JSON value in `text`.
+    """Return the JSON value in the bytes `text`.
 
     Raise `ValueError`, which names the file and the place, if `text` is not valid JSON. `place` is the row's position,
     such as "line 5", or None for a whole file. For None, bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
-    An object that has a field twice is not valid.
+    An object that has a field twice, and JSON that is nested too deeply, are not valid.
     """
     where = file if place is None else f"{file}, {place}"
     try:
@@ -341,7 +366,10 @@ class _TwiceError(ValueError):
 
 
 def _a(value: object) -> str:
-    """Return the type of a JSON value for a message: "an object", "a list", "a number", "null" and so on."""
+    """Return the type of a JSON value for a message.
+
+    The result is "an object", "a list", "a number", "true or false", "a text", "null", or "a TYPE" for any other type.
+    """
     names = {
         dict: "an object",
         list: "a list",
@@ -371,7 +399,7 @@ class _Ahead:
                 return ""
 
     def skip(self, mark: str) -> None:
-        """Skip white space and the character `mark`. Raise `ValueError` if another character follows."""
+        """Skip white space and the character `mark`. Raise `ValueError` if another character or the end follows."""
         if (found := self.peek()) != mark:
             raise ValueError(
                 f"{self._file}: not JSON, has {(found and repr(found)) or 'its end'}; expected {mark!r} in its array"
@@ -379,10 +407,11 @@ class _Ahead:
         self._place += 1
 
     def value(self, number: int) -> Any:
-        """Parse and return the next JSON value of the text. `number` is its row's number, for messages.
+        """Parse and return the next JSON value of the text, and move the position behind it.
 
-        More text is read, twice as much each time, until the value is complete. Raise `ValueError` if it is no JSON or
-        has more than `files.ROW` characters.
+        `number` is the value's number in the array, for messages. More text is read, twice as much each time, until the
+        value is complete. Raise `ValueError` if it is no JSON, has a field twice, is nested too deeply, or has more
+        than `files.ROW` (2**26) characters.
         """
         self.peek()
         where = f"{self._file}, row {number}"
@@ -406,7 +435,7 @@ class _Ahead:
     def _more(self, size: int) -> bool:
         """Read up to `size` more characters, and drop the text before the current position, which was parsed already.
 
-        Return False at the end of the file.
+        Return True, or False at the end of the file, where nothing is read.
         """
         block = self._opened.read(size)
         self._ended = not block
@@ -420,8 +449,9 @@ class _Ahead:
 def _parquet(file: TextFile, start: int, end: int | None, column: str | None) -> Rows:
     """Yield ("row 5", row) for each row of a parquet table's row groups from `start` up to, but not including, `end`.
 
-    An `end` of None means all groups from `start` on. `row` is a dict by column, and only the column `column` is read,
-    if given. Raise `ValueError` if it is missing or the file is damaged.
+    The number counts from 1 at the beginning of the table. An `end` of None means all groups from `start` on. `row` is
+    a dict by column. If `column` is given, only that column is read. Raise `ValueError` if the table lacks it, if two
+    columns have one name, or if the file is damaged.
     """
     with _parquet_file(file) as table:
         import pyarrow
@@ -456,7 +486,8 @@ def _parquet_file(file: TextFile) -> Any:
 def _undecodable(file: TextFile) -> str:
     """Return the end of a message about the first line of the file that is not UTF-8.
 
-    An example is ", line 5: not UTF-8 (byte 3 of the line: invalid start byte); convert it first".
+    An example is ", line 5: not UTF-8 (byte 3 of the line: invalid start byte); convert it first". If each line by
+    itself is UTF-8, the message names no line.
     """
     with open_utf8(file) as opened:
         for number, line in enumerate(iter(lambda: opened.readline(files.ROW), b""), start=1):

@@ -38,7 +38,7 @@ def ignore(message: str) -> None:
 
 
 def delimiter(kind: str) -> str:
-    """Return the character between the fields of a "tsv" or "csv" file: a tab or a comma."""
+    """Return the character between the fields of a file: a tab if `kind` is "tsv", a comma for any other kind."""
     return "\t" if kind == "tsv" else ","
 
 
@@ -47,12 +47,14 @@ def separated(
 ) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) for each row below the header of a "csv" or "tsv" file, such as ("line 5", {"text": "a"}).
 
-    `given` are options for reading: names of columns for a file without a header line, and whether to skip rows with
-    another number of fields than the header. It is None if the caller's command has no such options. Blank lines are
-    skipped. `say` is called with a message if a .tsv has quotes and if rows were skipped.
+    `place` is the last line of the row, if a quoted field holds line ends. `given` are options for reading.
+    `given.columns` are the names of the columns if the file has no header line. `given.skip_ragged` skips rows with
+    another number of fields than columns. `given` is None if the caller's command has no such options. Blank lines are
+    skipped. `say` is called with a message if a .tsv has quotes and, behind the last row, if rows were skipped.
 
-    Raise `ValueError` for a row with another number of fields than the header, unless `given.skip_ragged`. The message
-    mentions the option --skip-ragged only if `given` is not None.
+    Raise `ValueError` for a row with another number of fields than columns, unless `given.skip_ragged`. The message
+    mentions the option --skip-ragged only if `given` is not None. Also raise `ValueError` if two columns have one name,
+    and for misplaced quotes, a NUL character or a row that is too long.
     """
     options = given or DEFAULT
     quoting = csv.QUOTE_MINIMAL
@@ -107,25 +109,31 @@ def some(places: list[str], most: int = 3) -> str:
 def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
     """Return (quoting, message): how the quotes of a .tsv file are to be read, and a message about it for the user.
 
-    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The message is "" if
-    the file has no quotes. In an unquoted file, such as GLUE's, a lone quote that is taken for syntax would swallow the
-    rows up to the next quote. `options.columns` are the names of the columns if the file has no header line.
+    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. If the file has no
+    quotes, the result is (`csv.QUOTE_NONE`, ""). In an unquoted file, such as GLUE's, a lone quote that is taken for
+    syntax would swallow the rows up to the next quote. `options.columns` are the names of the columns if the file has
+    no header line.
 
     Quotes are syntax if the file can be read so without an error, each row then has as many fields as there are
     columns, and one of two conditions holds. Either, with quotes as text, some rows have another number of fields, and
     these are at least as many as the rows that quoting joins to others. Or there are no such rows, quoting joins none,
-    and a csv writer would have written each row as it stands in the file.
+    and a csv writer would have written each row as it stands in the file. The result is cached as long as the file does
+    not change.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
 def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
-    """Return (quoting, message) for a .tsv file, as `tsv_quoting` does, and cache it.
+    """Return (quoting, message) for a .tsv file: how its quotes are to be read, and a message about it for the user.
 
-    `quoting` is a constant of the csv module, and `message` is for the user. `options.columns` are the names of the
-    columns if the file has no header line. `written` is the file's time of change in nanoseconds. It is part of the
-    cache's key, so a file that has changed is read again.
+    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. For a file without
+    quotes the result is (`csv.QUOTE_NONE`, ""). Otherwise the file is read in both ways, and the number of fields in
+    the rows of each reading decides (see `tsv_quoting`). `options.columns` are the names of the columns if the file has
+    no header line.
+
+    The result is cached. `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a
+    file that has changed is read again.
     """
     with open_utf8(file) as opened:
         if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
@@ -162,9 +170,11 @@ class _Scan:
 def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
     """Read a .tsv file with `quoting`, a constant of the csv module, and return the statistics of that reading.
 
-    These are the number of rows, the number of rows with another number of fields than there are columns, the error if
-    reading failed, and the quotings with which a csv writer would write each row as it stands in the file.
-    `options.columns` are the names of the columns if the file has no header line.
+    `rows` is the number of rows below the header, and `ragged` the number of rows with another number of fields than
+    there are columns. `error` is the message if reading failed, else None. `forms` are the quotings with which a csv
+    writer would write each row as it stands in the file; they are not determined for `csv.QUOTE_NONE`.
+    `options.columns` are the names of the columns if the file has no header line. Raise `UnicodeDecodeError` if the
+    file is not UTF-8.
     """
     scan = _Scan()
     try:
@@ -190,7 +200,8 @@ def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
 def _reader(file: TextFile, kind: str, quoting: int) -> Iterator[tuple[Any, _Lines]]:
     """Yield (csv reader of the file, the `_Lines` object from which it reads).
 
-    `kind` is "csv" or "tsv", `quoting` a constant of the csv module. A `csv.Error` inside the block becomes a
+    `kind` is "csv" or "tsv", `quoting` a constant of the csv module. The limit of the csv module for the size of a
+    field is set to `files.ROW` (2**26) characters, for the whole process. A `csv.Error` inside the block becomes a
     `ValueError` that names the file and the line.
     """
     csv.field_size_limit(files.ROW)
@@ -220,7 +231,8 @@ class _Lines:
     def __next__(self) -> str:
         """Return the next line and add it to the text of the current row.
 
-        Raise `ValueError` if the row is longer than `files.ROW` or has a NUL character.
+        Raise `ValueError` if the row is longer than `files.ROW` (2**26) characters or has a NUL character, and
+        `StopIteration` at the end of the file.
         """
         line = self._text.readline(files.ROW - self._length + 1)
         if not line:
@@ -244,7 +256,10 @@ class _Lines:
 
 
 def _written(row: list[str], form: int) -> str:
-    """Return the line that a csv writer with tabs makes of a row. `form` is a quoting constant of the csv module."""
+    """Return the line that a csv writer with tabs makes of a row, without a line end.
+
+    `form` is a quoting constant of the csv module. With `csv.QUOTE_NONNUMERIC`, texts that are numbers get no quotes.
+    """
     values: list[Any] = list(row)
     if form == csv.QUOTE_NONNUMERIC:
         values = [_Numeral(value) if _is_number(value) else value for value in row]
@@ -270,5 +285,5 @@ class _Numeral(float):
 
 
 def _is_number(text: str) -> bool:
-    """Return True if `text` is a number of decimal digits, perhaps with a sign and a point."""
+    """Return True if `text` is digits, perhaps with signs in front, a point, and white space around."""
     return text.strip().lstrip("+-").replace(".", "", 1).isdecimal()

@@ -47,14 +47,17 @@ class Adapter:
     def record(self) -> dict[str, Any]:
         """Return "rank", "alpha" and "base_sha256", which a reader of the run needs to merge the adapter.
 
-        The last is the SHA-256 of the weights that the adapter is added to.
+        The last is the SHA-256 of model.safetensors in the base run's folder, the weights that the adapter is added to.
+        The file is read for this.
         """
         return {"rank": self.rank, "alpha": self.alpha, "base_sha256": sha256(self.base / "model.safetensors")}
 
     def attach(self, model: Head) -> Head:
-        """Insert the adapter into `model` in place, and return the model.
+        """Insert the adapter into `model` in place by PEFT, and return the same model. Call this once, before `save`.
 
-        All weights are frozen but those of the adapter and of the task's output layer, which is initialised again.
+        The adapter changes the projection to queries, keys and values, and both layers of the MLP, in each decoder. All
+        weights are frozen but those of the adapter and of the task's output layer. A `TaskHead` has this layer, which
+        is initialised again at random.
         """
         import peft
 
@@ -72,9 +75,10 @@ class Adapter:
         return model
 
     def save(self, model: Head, folder: Path) -> None:
-        """Write the adapter's weights and configuration into `folder`, in PEFT's format.
+        """Write the adapter into `folder` in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-        `model` is not read: the adapter is that of the model that `attach` got.
+        The folder is made if it is missing. `model` is not read: the adapter is that of the model that `attach` got,
+        with its current weights and the trained output layer of a task.
         """
         import peft
 
@@ -86,7 +90,10 @@ class Adapter:
 
 
 def copy(source: Path, folder: Path) -> Path:
-    """Copy the two files of an adapter from the folder `source` into `folder`. Return the path of the new weights."""
+    """Copy the two files of an adapter from the folder `source` into `folder`. Return the path of the new weights.
+
+    The files are adapter_config.json and adapter_model.safetensors. Existing ones are replaced. `folder` has to exist.
+    """
     for name in FILES:
         with replacing(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)
@@ -96,8 +103,8 @@ def copy(source: Path, folder: Path) -> Path:
 def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
     """Return {name in the adapter's file: (name in a model that trains it, shape)} for each tensor of an adapter.
 
-    The adapter is one of rank `rank` for `model`. The tensors are A and B of each adapted weight, and the parameters of
-    the classifier if `model` is a `TaskHead`.
+    The adapter is one of rank `rank` for `model`, which need not have it. The tensors are A [rank, in] and B [out,
+    rank] of each adapted weight [out, in], and the parameters of the classifier if `model` is a `TaskHead`.
     """
     found = {}
     for i, decoder in enumerate(model.trunk.decoders):
@@ -114,10 +121,10 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
-    """Add an adapter to the weights of `model`, its base, in place.
+    """Add an adapter to the weights of `model`, its base without an adapter, in place.
 
     `tensors` maps the names in the adapter's file to its tensors. Each adapted weight gets `alpha` / `rank` times the
-    product B A added. The classifier of a `TaskHead` is replaced.
+    product B A added. The weights of the classifier of a `TaskHead` are replaced.
 
     Raises:
         ValueError: A tensor is missing, has another shape or is one too many. The message names `path`, the adapter's

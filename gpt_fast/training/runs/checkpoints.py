@@ -40,8 +40,9 @@ class Damaged(ValueError):
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, world: World) -> None:
     """Write the checkpoint of update `step` into `folder`, a run's checkpoints/, and remove all but the newest `keep`.
 
-    `tensors` are those that training resumes from, by name. `state` is everything else that is kept, as JSON values.
-    Every rank calls this with its own tensors.
+    `tensors` are those that training resumes from, by name. `state` is everything else that is kept, a dict of JSON
+    values (see `schemas.State`). Every rank of `world` calls this with its own tensors, and returns when the checkpoint
+    is written. The checkpoint is the folder step-000001000 for update 1,000, and the file `latest` names it then.
 
     Raises:
         OSError: The checkpoint cannot be written. The checkpoints before are then untouched.
@@ -69,9 +70,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints in `folder`: the one that the file `latest` names, then all others from the newest on.
+    """Yield the checkpoints' paths in `folder`: the one that the file `latest` names, then all others, newest first.
 
-    Nothing is yielded if there is no such folder. The checkpoints are complete but may be damaged.
+    Nothing is yielded if there is no such folder. If `latest` is missing or names no checkpoint, the newest comes
+    first. The checkpoints are complete but may be damaged.
     """
     if not folder.is_dir():
         return
@@ -85,15 +87,16 @@ def newest_first(folder: Path) -> Iterator[Path]:
 
 
 def step_of(path: Path | None) -> int:
-    """Return the number of the update that the name of a checkpoint's folder states, or -1 for None."""
+    """Return the number of the update in the name of a checkpoint's folder, 1000 for step-000001000, or -1 for None."""
     return -1 if path is None else int(path.name.removeprefix(_PREFIX))
 
 
 def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
     """Return (path, manifest) of the newest undamaged checkpoint in `folder`, or None if there is no checkpoint.
 
-    The manifest is the content of checkpoint.json. `say` is called with a line for each damaged checkpoint that is
-    newer. Raise `ValueError` if there are checkpoints and all are damaged.
+    The manifest is the content of checkpoint.json (see `read`). All files of the checkpoints that are tried are read.
+    `say` is called with a line for each damaged checkpoint that is newer. Raise `ValueError` if there are checkpoints
+    and all are damaged.
     """
     damaged = []
     for path in newest_first(folder):
@@ -108,10 +111,11 @@ def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the manifest of the checkpoint at `path`, the content of its checkpoint.json (see `schemas.Manifest`).
+    """Return the manifest of the checkpoint at `path`: the content of its checkpoint.json without its own "sha256".
 
-    All files are read and compared with it. Raise `Damaged` if checkpoint.json, or any file that it lists, is missing
-    or is not as it was written.
+    It is a dict with "format", "step", "ranks", "state" and "files", {name: [size in bytes, SHA-256]}. All files are
+    read and compared with "files". Raise `Damaged` if checkpoint.json, or any file that it lists, is missing or is not
+    as it was written, or if there is another file.
     """
     try:
         manifest = read_object(path / MANIFEST, non_finite=True)  # a loss may be NaN
@@ -138,9 +142,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Copy the tensors of the checkpoint at `path` into the tensors of the same names in `tensors`.
+    """Copy the tensors of the checkpoint at `path` into the tensors of the same names in `tensors`, in place.
 
-    Any number of ranks may have written it. Raise `ValueError` if a tensor is missing there or has another shape.
+    Any number of ranks may have written it. Every rank of `world` calls this. Other tensors of the checkpoint are
+    ignored. Raise `ValueError` if a tensor is missing there or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
@@ -152,7 +157,10 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write the tensors of all ranks into the folder `path`, as safetensors files. Raise `OSError` if that fails."""
+    """Write the tensors of all ranks into the folder `path`, as safetensors files. Raise `OSError` if that fails.
+
+    Every rank of `world` calls this with its own `tensors`, by name.
+    """
     writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
     try:
         with warnings.catch_warnings():
@@ -171,7 +179,7 @@ def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _cause(error: CheckpointException) -> str:
-    """Return the message of the first failure in a checkpoint error, on one line.
+    """Return the message of the first failure in a checkpoint error, on one line, with single spaces.
 
     For a failure without a message, return the name of its type.
     """
@@ -182,7 +190,8 @@ def _cause(error: CheckpointException) -> str:
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
     """Flush all files of the checkpoint folder `path` to disk, then write its checkpoint.json.
 
-    checkpoint.json holds `manifest`, with "files" (see `_sums`) and "sha256", the checksum of all else in it, added.
+    This adds to the dict `manifest`, in place, "files", {name: [size in bytes, SHA-256]}, and "sha256", the checksum of
+    all else in it. checkpoint.json holds the result.
     """
     for file in path.iterdir():
         sync(file)
@@ -207,14 +216,15 @@ def _sums(path: Path) -> dict[str, list[Any]]:
 
 
 def _sum_of(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 of a manifest as JSON with sorted keys."""
+    """Return the SHA-256, in hexadecimal digits, of a manifest as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints in `folder`, and half-written ones that killed runs left.
+    """Remove all but the newest `keep` checkpoints in `folder`, and all hidden folders, such as half-written ones.
 
-    A checkpoint is renamed before its files are deleted, so no checkpoint is ever seen without some of its files.
+    Newest is the one that the file `latest` names, then those of the latest updates. A checkpoint is renamed before its
+    files are deleted, so no checkpoint is ever seen without some of its files.
     """
     for path in list(newest_first(folder))[keep:]:
         path.rename(folder / f".{path.name}.removed")

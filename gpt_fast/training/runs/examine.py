@@ -13,12 +13,16 @@ from .load import load_head, run_tokenizer
 
 
 def examine_run(folder: Path) -> dict[str, Any]:
-    """Return what `gpt-fast doctor` reports of a run folder, after reading and checking every file.
+    """Return what `gpt-fast doctor` reports of a run folder, after reading and checking its files.
 
-    The keys are "folder"; "state", a line; "checkpoints", where each name has "whole" or "damaged"; "leftovers", hidden
-    folders that dead runs left in and beside the folder; and "problems", a line for each. The weights are compared with
-    the size and SHA-256 in run.json, and checkpoints with their manifests. Raise `FileNotFoundError` if there is no
-    such folder.
+    The result is a dict. "folder" is the path as text. "state" is one line: whether the run is finished, after which
+    update it stopped, or that no checkpoint or record is there. "checkpoints" maps each checkpoint's name to "whole" or
+    "damaged". "leftovers" lists the paths of hidden folders that dead runs left in and beside the folder. "problems" is
+    a list with a line for each.
+
+    Checkpoints are compared with their manifests. The final weights are compared with the size and SHA-256 in run.json
+    and then loaded, if the run is finished or has no checkpoint. A damaged or missing file is a problem, not an error.
+    Raise `FileNotFoundError` if there is no such folder.
     """
     problems: list[str] = []
     good, states = [], {}

@@ -81,11 +81,11 @@ class Run:
         return self.folder / checkpoints.FOLDER
 
     def publish(self) -> None:
-        """Move the hidden folder of a new run to its final place, before the first update. A second call does nothing.
+        """Move the hidden folder of a new run to its final place `out`. A second call does nothing.
 
-        From then on its metrics can be watched there. A run that --overwrite replaces is moved to a hidden folder
-        beside it. Raise `FileExistsError` or `ValueError` if another run or process has taken the place in the
-        meantime.
+        The training loop calls this before the first update, so that the metrics can be watched there. A run at `out`,
+        which --overwrite replaces, is moved to a hidden folder beside it. Raise `FileExistsError` or `ValueError` if
+        another run or process has taken the place in the meantime.
         """
         if self.folder == self.out:
             return
@@ -111,17 +111,17 @@ class Run:
             self._replaced = None
 
     def discard(self) -> None:
-        """Delete the run folder. If it replaced a run, put that run back in its place."""
+        """Delete the run folder with all of its content. If it replaced a run, put that run back in its place."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._replaced is not None:
             (self._replaced / self.out.name).rename(self.out)
             self._replaced.rmdir()
 
     def reopen(self, settings: dict[str, Any]) -> None:
-        """Let a run be resumed for more steps with `settings`, which replace the settings in its folder.
+        """Let a run be resumed for more steps: write settings.yaml anew, and make a finished run a stopped one.
 
-        `settings` has every setting with its value. A finished run becomes a stopped one: run.json is deleted, and if
-        the run kept the weights of its best validation, they are copied to best/.
+        `settings` has every setting with its value. For a finished run, run.json is deleted. If the run kept the
+        weights of its best validation ("best_step" is in its record), they are copied to best/ first.
         """
         write_settings(self.folder, settings)
         if not is_finished(self.folder):
@@ -138,7 +138,9 @@ class Run:
     def what_is_left(self, signal: object) -> str:
         """Return a line for the user: what a run that `signal` stopped left on disk, and the command to resume it.
 
-        `signal` is shown as text, such as "SIGINT".
+        `signal` is shown as text, such as "SIGINT". The line has one of four forms: nothing is left, the run is
+        finished, it has weights but no checkpoint, or its newest checkpoint is named with the command. Nothing is left
+        until `keep` was called.
         """
         if not self.kept:
             before = f"; {self.out} is what it was" if self._replaced is not None else ""
@@ -158,11 +160,14 @@ def new_run(
 ) -> Iterator[Run]:
     """Yield a run in a hidden folder, which takes its place `out` at the end of the block, or when `publish` is called.
 
-    If the block raises, or is interrupted, before a checkpoint is written, the new folder is deleted and a run that was
-    at `out` before is untouched. `overwrite` replaces a run, but never a folder that holds anything else. `resume`
-    yields the run at `out` if it has a checkpoint, and replaces it if it is unfinished and has none. `resume_command`
-    is shown to the user after an interruption. Raise `FileExistsError` or `ValueError` if no run can be written to
-    `out`.
+    If the block raises before a checkpoint is written, the new folder is deleted, and a run that was at `out` before is
+    there again. `overwrite` replaces a run, but never a folder that holds anything else. `resume` yields the run at
+    `out` if it has a checkpoint, and replaces it if it is unfinished and has none. A resumed run is never deleted. A
+    run that a killed --overwrite moved away is put back first. Missing parent folders are made. The folder is locked
+    against other processes inside the block. `resume_command` is shown to the user after an interruption.
+
+    Raise `FileExistsError` if `out` holds something else, or a run that neither option allows to replace. Raise
+    `ValueError` if both options are given, another process trains there, or nothing can be written there.
     """
     out = out.resolve()
     if overwrite and resume:
@@ -200,8 +205,8 @@ def new_run(
 def _telling(run: Run) -> Iterator[None]:
     """If the block raises `Interrupted`, describe in its `saved` what is left on disk, and raise it again.
 
-    If a checkpoint has been written, the new run's folder stays, and the run that it was to replace is deleted; see
-    `Run.keep`. Other exceptions pass unchanged.
+    If a checkpoint has been written, the new run's folder is kept first, and the run that it was to replace is deleted
+    (see `Run.keep`). Other exceptions pass unchanged.
     """
     try:
         yield
@@ -213,7 +218,7 @@ def _telling(run: Run) -> Iterator[None]:
 
 
 def _sweep(out: Path) -> None:
-    """Delete the hidden folders beside `out` of runs that were killed before their first update.
+    """Delete the hidden folders beside `out` of runs that were begun for `out` and killed before their first update.
 
     A living process has its folder locked, and that folder stays.
     """
@@ -225,7 +230,9 @@ def _sweep(out: Path) -> None:
 def put_back(out: Path) -> None:
     """Put back the run at `out` that --overwrite had moved away, if the new run was killed before its first checkpoint.
 
-    Warn if a run is put back. Do nothing while a living process trains there.
+    The unfinished new run is deleted, and a warning is given. If the new run is finished or has a checkpoint, the run
+    that was moved away is deleted instead. Do nothing while a living process trains there, or if nothing was moved
+    away. Raise `FileExistsError` if the new run's folder holds what no run wrote.
     """
     if not all(map(_is_idle, _beside(out, _NEW))):
         return  # a living process is about to put its run there
@@ -254,7 +261,8 @@ def put_back(out: Path) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """Return hidden folders of dead runs in and beside `folder`: begun runs, and runs that --overwrite moved away.
 
-    Folders that a living process has locked are left out.
+    They are sorted by path. Folders beside `folder` may belong to other runs. Folders that a living process has locked
+    are left out.
     """
     places = {folder, folder.parent}
     found = {path for place in places if place.is_dir() for kind in (_NEW, _OLD) for path in place.glob(f".*{kind}*")}
@@ -262,12 +270,15 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def _beside(out: Path, kind: str) -> list[Path]:
-    """Return the hidden folders beside `out` of one kind: `_NEW` for runs that were begun, `_OLD` for replaced ones."""
+    """Return the hidden folders beside `out` that belong to it, sorted by path.
+
+    `kind` is `_NEW` for the folders of runs that were begun, `_OLD` for those of runs that --overwrite moved away.
+    """
     return sorted(path for path in out.parent.glob(f".{glob.escape(out.name)}{kind}*") if path.is_dir())
 
 
 def _is_idle(folder: Path) -> bool:
-    """Return True if no living process trains in `folder`."""
+    """Return True if no living process trains in `folder`: none has it locked. The folder has to exist."""
     try:
         with _locked(folder):
             return True
@@ -291,12 +302,12 @@ def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write `settings`, every setting with its value, defaults too, to settings.yaml in `folder`."""
+    """Write `settings`, each setting by name with its value, defaults too, to settings.yaml in `folder`."""
     write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def is_finished(out: Path) -> bool:
-    """Return True if the run in `out` has a run.json, which training writes after the weights."""
+    """Return True if the folder `out` holds a run.json, which training writes after the weights."""
     return (out / "run.json").exists()
 
 
@@ -304,7 +315,7 @@ def is_finished(out: Path) -> bool:
 def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder inside the block, so that no two processes train in it. The lock also ends with the process.
 
-    Raise `ValueError` if another process has locked it.
+    Raise `ValueError` if it is locked already. The folder has to exist.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -318,7 +329,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_idle(out: Path) -> None:
-    """Raise `ValueError` if a living process trains in `out`."""
+    """Raise `ValueError` if a living process trains in `out`. A folder that does not exist is accepted."""
     if out.exists():
         with _locked(out):
             pass
@@ -337,10 +348,10 @@ def _no_run(folder: Path) -> str:
 
 
 def check_run(folder: Path) -> None:
-    """Raise `FileNotFoundError` unless `folder` holds a run: its configuration, its tokenizer and its weights.
+    """Raise `FileNotFoundError` unless `folder` holds a run: config.json, tokenizer.json and weights.
 
-    The weights may be final ones, an adapter's, or those of a checkpoint. A run that a dead --overwrite moved away is
-    put back first.
+    The weights may be model.safetensors, an adapter's, or those of a checkpoint. The files are not read. A run that a
+    dead --overwrite moved away is put back first.
     """
     put_back(folder.absolute())
     if not folder.is_dir():
@@ -360,10 +371,11 @@ def check_run(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of the run in `folder`: the content of run.json (see `schemas.Record`).
+    """Return the record of the run in `folder`: the content of run.json, a dict with the fields of `schemas.Record`.
 
-    For a stopped run, return the record in its newest undamaged checkpoint; without a checkpoint, return {}. Raise
-    `ValueError` for a run.json that is no record of a run, and if all checkpoints are damaged.
+    For a stopped run, return the record in its newest undamaged checkpoint, with a warning for each damaged one that is
+    newer; without a checkpoint, return {}. Raise `ValueError` for a run.json that is no record of a run, and if all
+    checkpoints are damaged.
     """
     path = folder / "run.json"
     if path.exists():
@@ -375,10 +387,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
-    """Raise `ValueError` if the weights of a run, or its adapter, have another size than its `record` says.
+    """Raise `ValueError` if the file of a run's weights, or of its adapter, has another size than `record` says.
 
-    `record` is the content of the run's run.json. If `whole`, compare the SHA-256 of the file too, which reads all of
-    it. Records of older versions say nothing of the weights; then nothing is compared.
+    The run is in `folder`. `record` is the content of the run's run.json. If `whole`, compare the SHA-256 of the file
+    too, which reads all of it. Records of older versions say nothing of the weights; then nothing is compared. Raise
+    `FileNotFoundError` if the file is missing.
     """
     expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):
@@ -401,9 +414,10 @@ def special_token(config: GPTConfig, name: str) -> int:
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
     """Give the special tokens that the configuration of `model` lacks their ids in `tokenizer`. Return `model`.
 
-    The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings
-    grow by rows for these tokens, which begin near the mean of all other rows, and so do their logits: rows near 0
-    would be likelier than most tokens where a model's logits are all far below 0.
+    The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. If the
+    tokenizer then has more tokens than the model, the embeddings get rows for them, and so does an output layer that is
+    not tied. These rows begin near the mean of all other rows: rows near 0 would be likelier than most tokens where a
+    model's logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
@@ -420,10 +434,11 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl in order, each a dict of numbers, with NaN for null.
+    """Return the lines of a run's metrics.jsonl in order, each a dict of numbers by name, with NaN for null.
 
-    A last line that a kill cut off is left out. Raise `ValueError` for a line that is not a JSON object, has no "step",
-    or holds anything but numbers and null.
+    Each line has a "step". A last line that a kill cut off is left out. Raise `FileNotFoundError` if the file is
+    missing. Raise `ValueError` if it has more than 64 MiB, or for a line that is not a JSON object, has no "step", or
+    holds anything but numbers and null.
     """
     path, lines = folder / "metrics.jsonl", []
     for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
@@ -437,10 +452,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers.
+    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers by name.
 
-    Raise `FileNotFoundError` if the file is missing, and `ValueError` if no line has the field. The message then lists
-    the known fields.
+    `field` is the name of a metric. Raise `FileNotFoundError` if the file is missing. Raise `ValueError` if it is
+    damaged or no line has the field; the message then lists the known fields.
     """
     if not (folder / "metrics.jsonl").is_file():
         what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)
@@ -457,6 +472,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     """Raise `FileExistsError` unless a run may be written to `out`.
 
     It may if `out` does not exist, is an empty folder, or, with `overwrite`, holds nothing but files that a run writes.
+    Temporary files of a killed process, which end in ".partial", count as those.
     """
     if not out.exists():
         return
@@ -473,7 +489,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create `folder` and its parents. Return the new folders, innermost first."""
+    """Create `folder` and its missing parents. Return the folders that were created, innermost first."""
     made = []
     while not folder.exists():
         made.append(folder)
@@ -484,7 +500,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _umask() -> int:
-    """Return the umask of this process."""
+    """Return the umask of this process. It is set to 0 for a moment, the only way to read it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -30,10 +30,11 @@ _OF_A_TASK = (
 
 
 def load_run(folder: Path, device: str) -> Head:
-    """Return the model of a run folder on `device`, with the head that it was saved with.
+    """Return the model of a run folder on `device`, such as "cuda", with the head that it was saved with.
 
-    The weights are the final ones, or those of a stopped run's newest undamaged checkpoint. Raise `FileNotFoundError`
-    if the folder holds no run, and `ValueError` if its files are damaged.
+    The weights are the final ones, with a LoRA adapter merged in. A stopped run with checkpoints gives the weights of
+    its newest undamaged checkpoint, with a warning. Raise `FileNotFoundError` if the folder holds no run, and
+    `ValueError` if its files are damaged or name an unknown head.
     """
     check_run(folder)
     name, _ = read_config(folder)
@@ -43,10 +44,12 @@ def load_run(folder: Path, device: str) -> Head:
 
 
 def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
-    """Return a model of class `head` with the weights of the run in `folder`. `overrides` replace configuration fields.
+    """Return a model of class `head` with the weights of the run in `folder`, on the CPU.
 
-    The weights are the final ones, or those of a stopped run's newest undamaged checkpoint, about which this warns.
-    Raise `ValueError` if the weights have another size than the run's record says.
+    `overrides` replace fields of the configuration. If the run was saved with another head, layers of `head` that it
+    lacks get random weights. The weights are the final ones, with a LoRA adapter merged in. A stopped run with
+    checkpoints gives the weights of its newest undamaged checkpoint, with a warning. Raise `ValueError` if the weights
+    have another size than the run's record says, or all checkpoints of a stopped run are damaged.
     """
     good = None
     if not is_finished(folder):
@@ -68,8 +71,8 @@ def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
 def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], where: Path, **overrides: Any) -> AnyHead:
     """Return a model of class `head` for the run in `folder`: the weights of its base run with its adapter merged in.
 
-    The adapter's file is in the folder `where`. `record` is the content of the run's run.json. `overrides` replace
-    fields of the configuration.
+    The adapter's weights are the file adapter_model.safetensors in the folder `where`. `record` is the content of the
+    run's run.json. `overrides` replace fields of the configuration.
     """
     return model_folder.load(head, folder, overrides, _merged(folder, record, where / adapters.WEIGHTS))
 
@@ -77,8 +80,10 @@ def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], wher
 def write_merged(folder: Path, out: Path) -> Head:
     """Write the run in `folder`, which was trained with --lora-rank, into `out` with the adapter merged.
 
-    `out` is an empty folder. Return the model. Raise `ValueError` unless the run is finished and was trained with
-    --lora-rank.
+    Return the model, on the CPU. `out` is an empty folder. It gets the model's config.json and model.safetensors, and
+    copies of tokenizer.json, settings.yaml and metrics.jsonl if the run has them. Its run.json is the run's without
+    "lora", with the size and SHA-256 of the new weights. Raise `FileNotFoundError` if `folder` holds no run. Raise
+    `ValueError` unless the run is finished and was trained with --lora-rank, and if its adapter was changed.
     """
     check_run(folder)
     record = read_record(folder)
@@ -100,8 +105,9 @@ def write_merged(folder: Path, out: Path) -> Head:
 def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[str, Any]) -> AnyHead:
     """Return the model that `load(source, **overrides)` makes, with the special tokens that a task's input has.
 
-    `source` is a run folder, from which the tokenizer is taken. The field "pooling" among `overrides` is set last, when
-    the token that pooling may read exists.
+    `source` is a run folder, from which the tokenizer is taken. Special tokens that the model lacks get new rows of its
+    embeddings. The field "pooling" is removed from the dict `overrides` and set last, when the token that pooling may
+    read exists.
     """
     pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
     model = load(source, **overrides)
@@ -113,8 +119,9 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
 def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
     """Return a model of class `head` with the weights of the run in `source`, to which an adapter is added.
 
-    All its numbers are the same each time, even those drawn for special tokens that the run lacks. `overrides` replace
-    fields of the configuration.
+    The weights are the same each time, even those drawn for a new head and for special tokens that the run lacks: they
+    are drawn with the seed 0, and the state of torch's random numbers is put back. `overrides` replace fields of the
+    configuration.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -124,8 +131,9 @@ def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead
 def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return {name: weight} of the run in `folder`: the weights of its base run with its adapter merged in.
 
-    `record` is the content of the run's run.json. `path` is the adapter's file, or the folder of a checkpoint. Raise
-    `ValueError` if the adapter or its base does not belong to the run's configuration.
+    A tied output layer is left out. `record` is the content of the run's run.json. `path` is the adapter's file, or the
+    folder of a checkpoint. Raise `ValueError` if the adapter or its base does not belong to the run's configuration,
+    and `FileNotFoundError` if the base is missing.
     """
     name, config = read_config(folder)
     if name not in HEADS:
@@ -152,8 +160,9 @@ def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tenso
 def _base(folder: Path, record: dict[str, Any]) -> Path:
     """Return the folder of the run that the adapter in `folder` was trained on.
 
-    It is the path in `record`, the run's run.json, or a folder of that name beside the run. Raise `FileNotFoundError`
-    if neither has weights, and `ValueError` if the weights are not those that the adapter began with.
+    `record` is the content of the run's run.json. The folder is the path in its field "from", or one of that name
+    beside `folder`: the first whose weights have the SHA-256 in the record. Raise `FileNotFoundError` if neither has
+    weights, and `ValueError` if none has the weights that the adapter began with.
     """
     source = Path(str(record.get("from")))
     there = [base for base in (source, folder.resolve().parent / source.name) if (base / "model.safetensors").is_file()]
@@ -168,7 +177,11 @@ def _base(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Return {name: weight} from the checkpoint at `path`, for the head called `name` with this configuration."""
+    """Return {name: weight} of the parameters in the checkpoint at `path`, on the CPU.
+
+    `name` is the model's class, a key of `HEADS`, and `config` is its configuration. Raise `ValueError` if the
+    checkpoint lacks a parameter or has one of another shape.
+    """
     with torch.device("meta"):
         model = HEADS[name](config)
     tensors = {label: torch.empty_like(tensor, device="cpu") for label, tensor in model.named_parameters()}
@@ -177,7 +190,11 @@ def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def load_generator(folder: Path, device: str) -> GPTForCausalLM:
-    """Return the model of a run folder on `device`. Raise `ValueError` if it is not a causal language model."""
+    """Return the model of a run folder on `device`. Raise `ValueError` if it is not a causal language model.
+
+    A stopped run gives the weights of its newest undamaged checkpoint, with a warning. Raise `FileNotFoundError` if the
+    folder holds no run.
+    """
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(
@@ -187,10 +204,10 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 
 
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
-    """Return the tokenizer of a run folder. Raise `ValueError` if it has more tokens than the model.
+    """Return the tokenizer of a run folder. Raise `ValueError` if it has more tokens than `model` has embeddings.
 
-    This library adds its special tokens to every tokenizer. A model of another library has no embeddings for them and
-    no text contains them, so they do not count for such a model.
+    This library adds its special tokens, and perhaps `<|unk|>`, to every tokenizer. A model of another library, which
+    has no extract token, has no embeddings for them. No text contains them, so for this model they do not count.
     """
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
     added = 0

@@ -26,9 +26,9 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> Recipe:
-        """Return a recipe whose fields have the values of the attributes of `settings` that are called like them.
+        """Return a recipe with the values of the attributes lr, beta1, beta2, weight_decay and final_lr of `settings`.
 
-        `settings` has to have all of them.
+        `settings` is any object that has all of them.
         """
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
@@ -57,7 +57,8 @@ FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
 def pretraining(preset: str | None, source: Path | None) -> Recipe:
     """Return the recipe of a preset, or the one by which the run in `source` was trained, if `source` is given.
 
-    Without a preset, the recipe is that of small models. A value that the run's record lacks is GPT-1's.
+    `preset` is a key of `RECIPES`, such as "gpt2". None is the recipe of small models. It is ignored if `source` is
+    given. A value that the record of the run in `source` lacks is GPT-1's.
     """
     if source is None:
         return RECIPES[preset]
@@ -69,14 +70,18 @@ def pretraining(preset: str | None, source: Path | None) -> Recipe:
 def finetuning_lr(source: Path) -> float:
     """Return the default learning rate for fine-tuning the run in `source`.
 
-    It is the GPT paper's rate for a published size, and for a folder that does not state the rate of its pre-training;
-    for others, a quarter of that rate, which is the ratio of the two rates in the paper.
+    If the run's record names a preset, or states no learning rate, it is the GPT paper's rate, 6.25e-5. Otherwise it is
+    a quarter of the rate in the record, which is the ratio of the two rates in the paper.
     """
     record = read_record(source)
     return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
 
 
 def complete(settings: S, recipe: Recipe) -> S:
-    """Return a copy of `settings` in which values of `recipe` replace those that are None."""
+    """Return a copy of `settings` in which values of `recipe` replace those that are None.
+
+    These are the fields lr, beta1, beta2, weight_decay and final_lr. All settings count as given by the user in the
+    copy.
+    """
     values = dataclasses.asdict(recipe)
     return settings.changed(**{name: value for name, value in values.items() if getattr(settings, name) is None})

@@ -103,10 +103,10 @@ class Record(Schema):
 
     @model_validator(mode="after")
     def _only_metrics_besides(self) -> Record:
-        """Return the record. Raise an error for an unknown name, and for a fine-tuned run without "task" and "columns".
+        """Return the record. Raise an error for an unknown name, and for a fine-tuned run without "task" or "columns".
 
         A name that the schema does not declare is known if it is a metric's: it begins with "valid_", "majority_" or
-        "mean_". The value of a metric is a number or null.
+        "mean_". The value of a metric has to be a number or None. The errors are pydantic's.
         """
         for name, value in (self.model_extra or {}).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -165,9 +165,9 @@ class Line(Schema):
 
 
 def check(path: Path | str, schema: type[Schema], values: Any) -> None:
-    """Raise `ValueError` unless `values`, the content of the file `path`, fit `schema`.
+    """Raise `ValueError` unless `values`, the content of the file `path`, fit `schema`, a class of this module.
 
-    The message names the file and the first two names that are wrong.
+    The message names the file, the first two values that are wrong, and the number of the others.
     """
     try:
         schema.model_validate(values)
