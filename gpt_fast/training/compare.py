@@ -32,16 +32,16 @@ def compare(
 ) -> dict[str, Any]:
     """Compare a run's model on its kernels ("fused") with the pure-PyTorch reference, in results and in speed.
 
-    The run is in `folder`, and its model runs on `device`, "cpu" or "cuda". The folder is not changed. Both modes train
-    on one batch of `batch_size` random rows, with the model's dropout and the same masks. After one update each to warm
-    up, they make `repeats` timed updates in turns. `show(done, repeats)` is called after each pair of updates, with
-    `done` 0 after the first pair, which warms up.
+    The run is in `folder`, and its model runs on `device`, "cpu" or "cuda". The folder is not changed. The batch has
+    `batch_size` random rows. For the results, each mode makes a forward and a backward pass with dropout, with the same
+    masks. For the speed, each trains a copy of the model: one update to warm up, then `repeats` timed ones, in turns.
+    `show(done, repeats)` is called after each pair of updates, with `done` 0 after the first pair, which warms up.
 
     Return "device"; "batch", the shape of the tokens; "kernels", {op: "triton", "cpp" or "reference"}, which says what
-    serves each op; "logits" and "gradients", {"largest", "relative"} each, the differences by `difference`;
-    "fused_tokens_per_second" and "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread",
-    each [minimum, maximum]; and "speedup", the ratio of the medians. Raise `ValueError` if the batch needs more memory
-    than is available.
+    serves each op; "logits" and "gradients", {"largest", "relative"} each: the largest difference of an element, and
+    the largest ratio of a tensor's difference to its largest reference value; "fused_tokens_per_second" and
+    "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread", each [minimum, maximum]; and
+    "speedup", the ratio of the medians. Raise `ValueError` if the batch needs more memory than is available.
     """
     model = load_run(folder, device)
     config = model.config

@@ -242,12 +242,12 @@ def evaluate_language_model(
 ) -> dict[str, Any]:
     """Return the loss of a language model over all of `data` in nats per predicted token, and what follows from it.
 
-    The keys are "task", "data", "tokens", "loss", "unigram_entropy" (the baseline), "perplexity" and, if it is given,
-    "stride". A causal model on text also has "bits_per_byte", "bits_per_word" and "words", which do not depend on the
-    tokenizer. `data` is text, a table with a `text_column`, or token files; None stands for the held-out files of
-    Python's standard library. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `folder`
-    is the model's run folder, from which the tokenizer is read. A masked model predicts 15 % of the tokens, always the
-    same ones.
+    The keys are "task" ("clm" or "mlm"), "data" (its name), "tokens" (their number), "loss", "unigram_entropy" (the
+    baseline), "perplexity" and, if it is given, "stride". A causal model on text also has "bits_per_byte",
+    "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a table with a `text_column`, or
+    token files; None stands for the held-out files of Python's standard library. `raw_dtype`, "uint16" or "uint32", is
+    the dtype of token files without a header. `folder` is the model's run folder, from which the tokenizer is read. A
+    masked model predicts 15 % of the tokens, always the same ones.
 
     Windows of the model's length lie side by side, and a last part shorter than a window is left out; a shorter text is
     one window. With `stride`, which is for causal models, each window begins `stride` tokens after the one before, and

@@ -226,7 +226,7 @@ def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
 def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
     """Return the integer from 0 to `count` - 1 in a column of a row: the index of the right one of `count` choices.
 
-    The value may be a number or a text of digits. Raise `ValueError` for a missing column and for any other value.
+    The value may be an int or a text of digits. Raise `ValueError` for a missing column and for any other value.
     `place` says where in the file at `path` the row is, for the message.
     """
     value = _value(path, place, row, column)

@@ -124,8 +124,8 @@ def intervals(
     """Return {"log_every", "valid_every"}: the updates between two lines of metrics.jsonl and between two validations.
 
     A `log_every` or `valid_every` that is given is kept. By default a run of `steps` updates logs every `steps` / 50
-    updates (rounded down), at least 1 and at most 100. By default it validates about `validations` times, every
-    multiple of `log_every` updates, so that every line covers the same number of updates.
+    updates (rounded down), at least 1 and at most 100. By default it validates about `validations` times, at intervals
+    that are a multiple of `log_every`, so that every line covers the same number of updates.
     """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
     regular = log_every * max(1, round(steps / validations / log_every))
@@ -382,8 +382,9 @@ class Loop:
         The keys are "step", "train_loss" (mean since the last line, NaN if all updates were skipped), "lr",
         "grad_norm", "tokens_per_second", "mfu" if it is known, "skipped", "spikes", "seconds", and those that the
         validation returns. `lr` and `norm` are the learning rate of the last update and its gradient's norm before
-        clipping. A validation that is the best so far saves the model to best/. Only rank 0 writes. The mean loss and
-        the rates of the next line begin anew.
+        clipping. A validation that is the best so far saves the model to best/. Every rank must call this, and only
+        rank 0 writes, with null for numbers that are not finite. The mean loss and the rates of the next line begin
+        anew.
         """
         state, rate = self.state, self._rate
         mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan

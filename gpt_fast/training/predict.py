@@ -157,9 +157,9 @@ def _warn(found: Sequence[str]) -> None:
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
     """Raise `ValueError` if the predictions for the file `data` cannot be written to `out`. Nothing is written.
 
-    The name of `out` has to end in .csv, .tsv or .jsonl, and no row of `data` may have a column "prediction" or
-    "probability". All rows of `data` are read, with `options`, and a damaged file is an error. Raise
-    `FileNotFoundError` if `data` does not exist.
+    The name of `out` has to end in .csv, .tsv or .jsonl, and not be that of a folder. No row of `data` may have a
+    column "prediction" or "probability". All rows of `data` are read, with `options`, and a damaged file is an error.
+    Raise `FileNotFoundError` if `data` does not exist.
     """
     written_kind(out)
     for place, row in read_rows(data, options):

@@ -252,7 +252,11 @@ def _bpe_size(settings: PretrainSettings) -> int:
 
 
 def draw(folder: Path, record: Record, path: Path) -> None:
-    """Plot the losses of the run in `folder` as a PNG at `path`. `record` is the content of its run.json."""
+    """Plot training and validation loss of the run in `folder` over the updates, as a PNG at `path`.
+
+    The curves are read from metrics.jsonl. `record`, the content of run.json, gives the title and "unigram_entropy",
+    which is drawn as a line.
+    """
     title = f"Pre-training ({record['objective']}): {record['data']}"
     plot_language_model(read_metrics(folder), record["unigram_entropy"], title, path)
 

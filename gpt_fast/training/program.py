@@ -168,8 +168,8 @@ class Session(Generic[S]):
         The weights are those of `model`, in model.safetensors. If `write` is given, `write(folder)` writes others in
         their place and returns their path. `record` gets the entries of the dict that `measure()` returns when the
         weights are on disk, and "weights", {"bytes", "sha256"} of their file. It is changed in place, then written to
-        run.json. `pictures` maps the name of a file to a function that draws it at a path. A picture that fails is a
-        warning. Only rank 0 calls this.
+        run.json, with null for numbers that are not finite. `pictures` maps the name of a file to a function that draws
+        it at a path. A picture that fails is a warning. Only rank 0 calls this.
         """
         folder = self.run.folder
         path = folder / "model.safetensors"
@@ -188,11 +188,12 @@ class Session(Generic[S]):
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
     """Call `body` with the `Session` of a training, which writes to the run folder `settings.out`.
 
-    Return the record that `body` returns, the content of run.json. With --resume, return at once the record of a run
-    that is finished and is not asked for more steps or epochs. `show(progress)` is called after each update, and
-    `say(line)` with lines for the user, both on rank 0 only. `stop` tells whether a signal has asked the run to end;
-    None stands for no signals. If `body` raises before a checkpoint is written, the new folder is deleted. Raise
-    `ValueError` or `FileExistsError` if the folder or the settings do not allow the training.
+    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Return the
+    record that `body` returns, the content of run.json. With --resume, return at once the record of a run that is
+    finished and is not asked for more steps or epochs. `show(progress)` is called after each update, and `say(line)`
+    with lines for the user, both on rank 0 only. `stop` tells whether a signal has asked the run to end; None stands
+    for no signals. If `body` raises before a checkpoint is written, the new folder is deleted. Raise `ValueError` or
+    `FileExistsError` if the folder or the settings do not allow the training.
     """
     out = settings.out
     trackers.require(settings.tracker)

@@ -207,8 +207,9 @@ def new_model(
 
     `make(head, source, **overrides)` loads the trunk or draws new weights, with `overrides` of the configuration.
     `lm_weight` is the weight of the language model's loss, `names` are the names of the classes or choices, none for
-    numbers and spans, and `classifier_bias` gives the output layer a bias. For a task whose answer is a text, the
-    result is `make(GPTForCausalLM, source)`, and all other arguments are ignored.
+    numbers and spans, and `classifier_bias` gives the output layer a bias. The head reads the extract token, with a
+    dropout of 0.1. For a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, and all other
+    arguments are ignored.
     """
     if task.writes:
         return make(task.task.head, source)
@@ -284,9 +285,9 @@ def answers(
     """Return the text that the model writes greedily behind the prompt of each of `rows`, up to its end token.
 
     The prompt is the first sequence of a row up to the position `row.answer`. A text has at most `max_new_tokens`
-    tokens, by default (None or 0) eight more than the longest expected answer among the 64 rows of its batch. It has no
-    more than the positions allow that the longest prompt of the batch leaves free, but at least one. Texts are returned
-    without special tokens, in the order of `rows`.
+    tokens, by default (None or 0) eight more than the longest expected answer among the 64 rows of its batch. The
+    positions that the longest prompt of the batch leaves free are a limit, too, but there is always room for one token.
+    Texts are returned without special tokens, in the order of `rows`.
     """
     config = model.config
     device = next(model.parameters()).device

@@ -54,7 +54,8 @@ class Tracked:
     def close(self, end: End) -> None:
         """Close the tracker if one was opened. `end` says how the run ended: "finished", "failed" or "killed".
 
-        A tracker that has failed is not closed. A failure of closing is a warning.
+        A tracker that has failed is not closed. A failure of closing is a warning. In any case, the hook for exceptions
+        in threads that TensorBoard's tracker has set is removed.
         """
         if self._tracker is None:
             return
@@ -109,7 +110,7 @@ class TensorBoard:
         self._writer.close()
 
     def release(self) -> None:
-        """Restore the hook for exceptions in threads that was there before this object, `threading.excepthook`."""
+        """Restore `threading.excepthook`, the hook for exceptions in threads, that this object has replaced."""
         threading.excepthook = self._hook
 
 

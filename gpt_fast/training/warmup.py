@@ -62,8 +62,8 @@ def choose(source: Path | None, preset: str | None) -> GPTConfig:
 def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") -> dict[str, Any]:
     """Compile the kernels that training and generation launch for a model of this configuration.
 
-    One update and a few generated tokens run on the current CUDA device, by a model of two layers: the other layers
-    launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
+    One update and a few generated tokens run on the current CUDA device, by a model of at most two layers: the other
+    layers launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
 
     Args:
         config: Configuration of the model, with the vocabulary size that training will use.

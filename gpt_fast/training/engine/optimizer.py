@@ -46,8 +46,8 @@ def make_optimizer(
 def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups, one for each factor of the learning rate among `parameters`.
 
-    A group has "params", "weight_decay" and "lr_factor". `factors` maps the `id` of a parameter to its factor, 1 where
-    absent. Without parameters the result is one empty group.
+    A group is a dict with "params", "weight_decay" and "lr_factor". `factors` maps the `id` of a parameter to its
+    factor, 1 where absent. Without parameters the result is one empty group.
     """
     found: dict[float, list[Tensor]] = {} if parameters else {1.0: []}
     for parameter in parameters:
