@@ -36,8 +36,8 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --freeze is given together with --scratch, or names no part that can be frozen.
 
-    Valid are "trunk", unless the model answers in text and so has no head of its own; "embeddings"; and, as texts, the
-    numbers from 1 to the number of decoders.
+    Valid are "trunk", "embeddings" and, as texts, the numbers from 1 to the number of decoders. "trunk" is not valid if
+    the model answers in text, because it then has no head of its own to train.
     """
     frozen = settings.freeze
     if frozen is None:
@@ -149,8 +149,8 @@ def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], tas
     `given` is "balanced", or numbers with commas between them, which are returned. Raise `ValueError` if there are not
     as many numbers as classes. Balanced weights are scikit-learn's: N / (K · rows of the class) over the N training
     examples `rows`, where K counts the classes that have rows. A class without any weighs 1. For a task with a tag for
-    each word, tagged words count in place of rows. For a task with a set of classes in each row, a weight is the number
-    of rows without the class over the number with it, or 1 if no row has it.
+    each word, tagged words count in place of rows. If a row has a set of classes, a weight is the number of rows
+    without the class over the number with it, or 1 if no row has it.
     """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]

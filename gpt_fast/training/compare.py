@@ -38,10 +38,11 @@ def compare(
     `show(done, repeats)` is called after each pair of updates, with `done` 0 after the first pair, which warms up.
 
     Return "device"; "batch", the shape of the tokens; "kernels", {op: "triton", "cpp" or "reference"}, which says what
-    serves each op; "logits" and "gradients", {"largest", "relative"} each: the largest difference of an element, and
-    the largest ratio of a tensor's difference to its largest reference value; "fused_tokens_per_second" and
+    serves each op; "logits" and "gradients", {"largest", "relative"} each; "fused_tokens_per_second" and
     "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread", each [minimum, maximum]; and
-    "speedup", the ratio of the medians. Raise `ValueError` if the batch needs more memory than is available.
+    "speedup", the ratio of the medians. "largest" is the largest difference of an element, and "relative" the largest
+    ratio of a tensor's difference to its largest reference value. Raise `ValueError` if the batch needs more memory
+    than is available.
     """
     model = load_run(folder, device)
     config = model.config
@@ -82,11 +83,12 @@ def compare(
 def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> dict[str, Any]:
     """Return how soon each run's `metric` first falls to `loss`, as {"metric", "loss", "runs"}.
 
-    "runs" has a dict for each folder: "run", the folder; "best", the lowest `metric`; "optimizer"; and "step" and
-    "seconds", the updates and the seconds of training until `metric` falls to `loss`, interpolated linearly between two
-    validations. Both are None if the run never reaches `loss`, and "seconds" also if the run did not log it. If `loss`
-    is None, it is the lowest value that all runs reach. `metric` is a field of metrics.jsonl, such as "valid_loss".
-    Raise `FileNotFoundError` for a folder without metrics.jsonl, and `ValueError` if no line of it has `metric`.
+    "runs" has a dict for each folder: "run", the folder as text; "best", the lowest `metric`; "optimizer", "adamw" or
+    "muon"; "step"; and "seconds". The last two are the updates and the seconds of training until `metric` falls to
+    `loss`, interpolated linearly between two lines. Both are None if the run never reaches `loss`, and "seconds" also
+    if the run did not log it. If `loss` is None, it is the lowest value that all runs reach. `metric` is a field of
+    metrics.jsonl, such as "valid_loss". Raise `FileNotFoundError` for a folder without metrics.jsonl, and `ValueError`
+    if no line of it has `metric`.
     """
     curves = {folder: read_curve(folder, metric) for folder in folders}
     best = {folder: min(line[metric] for line in curve) for folder, curve in curves.items()}
@@ -123,10 +125,10 @@ def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field:
 def random_batch(model: Head, batch_size: int) -> Batch:
     """Return a batch of `batch_size` rows of random tokens, with random labels of the kind that the model's head takes.
 
-    A row has as many tokens as the model has positions; for a head that reads a pair or choices, it has two or four
+    A row has as many tokens as the model has positions. For a head that reads a pair or choices, it has two or four
     sequences of that length. For heads of labelled tasks, each sequence has a random number of real tokens, at least
-    half of all, and the last of them is the extract token. The batch is on the CPU. The same model and size always give
-    the same batch. Raise `ValueError` for a head of a labelled task without an extract token.
+    half of all. The last of them is the extract token. The batch is on the CPU. The same model and size always give the
+    same batch. Raise `ValueError` for a head of a labelled task without an extract token.
     """
     config = model.config
     generator = torch.Generator().manual_seed(SEED)

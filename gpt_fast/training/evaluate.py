@@ -50,13 +50,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of the run in `folder` on `data`: a language model's loss on text, or a task's on a table.
 
-    The keys are "task", "data" and the names of the metrics, with those of baselines: "loss", "perplexity" and
-    "unigram_entropy" for a language model, and "accuracy" and "majority_accuracy" for a classifier, for example. If
-    `data` is None, a model that was trained on Python's standard library is evaluated on the files that its training
-    held out. `device` is "cpu" or "cuda".
+    The keys are "task", "data" and the names of the metrics, with those of baselines. A language model has "loss",
+    "perplexity" and "unigram_entropy", for example, and a classifier "accuracy" and "majority_accuracy". If `data` is
+    None, a model that was trained on Python's standard library is evaluated on the files that its training held out.
+    `device` is "cpu" or "cuda".
 
-    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None: for a task they
-    are then those of its training, for a language model the text column is "text", and with `form` they have their
+    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None. For a task they
+    are then those of its training. For a language model the text column is "text", and with `form` all have their
     published names. `skip_labels` are labels whose rows are skipped, besides those of the training, and `options` say
     how to read the table. `confusion` is the path for a picture of a classifier's confusion matrix; the result names
     the path as "confusion" if the picture could be written. `raw_dtype`, "uint16" or "uint32", is the dtype of token
@@ -253,8 +253,8 @@ def evaluate_language_model(
     one window. With `stride`, which is for causal models, each window begins `stride` tokens after the one before, and
     only tokens that no earlier window has scored are scored. Then nothing is left out, and tokens have more context.
 
-    Raise `ValueError` if `stride` is not from 1 to the model's number of positions, if `data` is empty or does not fit
-    the model's tokenizer, or if `raw_dtype` is given for text.
+    Raise `ValueError` if `stride` is not from 1 to the model's number of positions, or if `raw_dtype` is given for
+    text. Also raise it if `data` is empty or does not fit the model's tokenizer.
     """
     T = model.config.seq_len
     if stride is not None and not 1 <= stride <= T:

@@ -58,7 +58,7 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
     `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user, both on
     rank 0 only. `stop` tells whether a signal has asked the run to end. With --resume, a finished run that is not asked
     for more epochs is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, and `ValueError`
-    for settings that contradict each other, or do not fit the table or the pre-trained model.
+    for settings that contradict each other or do not fit the data.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read
@@ -341,10 +341,10 @@ def _tell(
 ) -> None:
     """Tell the user what the run will train on and what may be wrong with it, by a call of `say` for each line.
 
-    The lines are, in this order: the numbers of rows for training and validation; the notes of `train`, and how many of
-    its rows were cut off or are empty; the notes of `valid`; `rule`, a line about the labels, unless it is None; and,
-    if `steps` is below 50, that so few updates teach little. `rows` are the examples made of the table `train`,
-    `seq_len` is the model's number of positions, and `steps` the number of updates.
+    The first line has the numbers of rows for training and validation. Then come the notes of `train`, how many of its
+    rows may have been cut off or are empty, and the notes of `valid`. `rule`, a line about the labels, follows unless
+    it is None. If `steps` is below 50, the last line says that so few updates teach little. `rows` are the examples
+    made of the table `train`, `seq_len` is the model's number of positions, and `steps` the number of updates.
     """
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
     for remark in [*remarks(train, rows, seq_len), *valid.notes]:

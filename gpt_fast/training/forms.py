@@ -66,8 +66,8 @@ def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Q
     """Return a `Question` for each row of the file: the text up to the last space, with the last word as its choice.
 
     There is no other choice, and it begins with the space. `options` say how to read the file. Raise `ValueError` for a
-    row without a text in `text_column`, for a text without a space between words or with one at its end, and for a file
-    without rows.
+    row without a text in `text_column`, and for a file without rows. Also raise it for a text without a space between
+    words, or with one at its end.
     """
     questions = []
     for place, row in read_rows(path, options):

@@ -208,8 +208,9 @@ class Loop:
 
         The run folder moves to its final place before the first update. A last checkpoint is saved at the end, and
         trackers are closed in any case. While this method runs, a first signal ends the run only after an update, whose
-        checkpoint is saved; then `Interrupted` is raised. Raise `ValueError` if more than `settings.max_skips` updates
-        in a row have a loss or gradient that is not finite.
+        checkpoint is saved; then `Interrupted` is raised. Several ranks agree on this only at updates that log,
+        validate or save. Raise `ValueError` if more than `settings.max_skips` updates in a row have a loss or gradient
+        that is not finite.
         """
         state, settings, world = self.state, self.settings, self.engine.world
         sent = self._send() if self._continues() else None  # what is wrong with data shows here
@@ -301,8 +302,8 @@ class Loop:
         """Return True if a signal has asked any rank to stop.
 
         Signals reach the ranks at different times, so several ranks have to agree. They do so only if `may_wait`, which
-        is True for updates after which the ranks wait for each other anyway; with several ranks the result is otherwise
-        False.
+        is True for updates after which the ranks wait for each other anyway. Otherwise the result is False with several
+        ranks.
         """
         asked = self.stop.signum is not None
         if self.engine.world.size == 1:

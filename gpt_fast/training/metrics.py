@@ -61,8 +61,8 @@ def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: in
     """Return a tensor of logits for each example, in order, float32 on the CPU, without the logits of padding.
 
     The model runs in evaluation mode, without gradients. For an example of T tokens they are [T, K] from a
-    `GPTForTokenClassification` with K classes, and [2, T] from a `GPTForQuestionAnswering`: the scores of each token as
-    the first and as the last of the answer. Examples are padded with `pad_token` into batches of `batch_size`.
+    `GPTForTokenClassification` with K classes. From a `GPTForQuestionAnswering` they are [2, T]: the scores of each
+    token as the first and as the last of the answer. Examples are padded with `pad_token` into batches of `batch_size`.
     """
     found: list[Tensor] = []
     device = next(model.parameters()).device

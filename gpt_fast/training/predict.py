@@ -103,12 +103,12 @@ def answer(
 ) -> list[Prediction]:
     """Return a `Prediction` for each row of `table`, in order, by `model`.
 
-    Its `answer` is a class; all classes of a set whose probability is above 0.5, with commas between them; a tag for
-    each word, with spaces; a number; or a text. Classes and sets also have the probability of each class, the largest
-    first. `folder` is the model's run folder, from which the tokenizer is read. `task` says what the model answers, and
-    `names` are the names of its classes. A model that answers in text writes at most `max_new_tokens` tokens, by
-    default 100 or half of its positions if that is less; raise `ValueError` unless `max_new_tokens` is from 1 to the
-    number of positions less 5. Warn about rows that may have been cut off or are empty.
+    By the task, its `answer` is a class, a number, a text, a tag for each word (with spaces between them), or a set:
+    the classes with a probability above 0.5, with commas between them. Classes and sets also have the probability of
+    each class, the largest first. `folder` is the model's run folder, from which the tokenizer is read. `task` says
+    what the model answers, and `names` are the names of its classes. A model that answers in text writes at most
+    `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError` unless this
+    number is from 1 to the number of positions less 5. Warn about rows that may have been cut off or are empty.
     """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):

@@ -56,9 +56,9 @@ def check(settings: PretrainSettings) -> None:
     """Raise `ValueError` for settings that are wrong whatever the training text is, which is not read.
 
     These are: a batch size that micro-batches and ranks do not divide; more warmup than steps, except with --resume;
-    --graph with options that it does not allow; an unknown preset or tokenizer; without --from, sizes that do not fit
-    each other or the memory; --from beside --preset, --layers, --heads, --dim or --tokenizer; and pipes as --data of a
-    run that is resumed. Raise `FileNotFoundError` if the folder of --from holds no run.
+    --graph with options that it does not allow; an unknown preset or tokenizer; and pipes as --data of a run that is
+    resumed. With --from, they are --preset, --layers, --heads, --dim and --tokenizer. Without it, they are sizes that
+    do not fit each other or the memory. Raise `FileNotFoundError` if the folder of --from holds no run.
     """
     if settings.resume:
         _refuse_pipes(settings)

@@ -98,11 +98,11 @@ def read_tables(
     """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
     The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
-    validation; or, with `fold` = (i, K), the i-th of K parts of the table, counted from 1. A row is not held out if no
-    row to train on has its class. Without `train`, both tables are snippets of the source of Python's standard library,
-    for the task "classification" alone. `options` say how to read the files. All rows of `train` decide how their
-    labels are spelled and name a choice. Raise `ValueError` if a table is missing or has too few rows to hold some out,
-    or if its columns or labels are not valid.
+    validation. With `fold` = (i, K), it is the i-th of K parts of the table, counted from 1. A row is not held out if
+    no row to train on has its class. Without `train`, both tables are snippets of the source of Python's standard
+    library, for the task "classification" alone. `options` say how to read the files. All rows of `train` decide how
+    their labels are spelled and name a choice. Raise `ValueError` if a table is missing or has too few rows to hold
+    some out, or if its columns or labels are not valid.
     """
     if train is None:
         if valid is not None:
@@ -211,8 +211,7 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
     The order is that of --labels if it is given. Else the classes are found in the table: numbers sorted by value, or
     sorted texts. The list is empty if the labels are numbers or texts. Raise `ValueError` if there are fewer than two
-    classes (one where a row has a set of classes) or fewer than two choices, and for labels of which two may be one
-    class.
+    classes (one where a row has a set of classes) or two choices. Also raise it if two labels may be one class.
     """
     if task.kind not in ("class", "set", "tags"):
         return []
@@ -367,8 +366,8 @@ def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) 
     """Return the example of a question and a text that holds the answer, in row number `row` of the table.
 
     Its tokens are start, question, delimiter, text, extract. The label of the row is the answer. The target is the
-    first and the last position of the answer among the tokens: twice the last position of all if there is no answer,
-    and twice -100 if the answer was cut off. Its `context` has the text, the position of its first token, the
+    first and the last position of the answer among the tokens. It is twice the last position of all if there is no
+    answer, and twice -100 if the answer was cut off. Its `context` has the text, the position of its first token, the
     characters of each token and the answer. Raise `ValueError` if the answer is not in the text.
     """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])

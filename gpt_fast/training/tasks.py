@@ -206,8 +206,8 @@ def new_model(
     """Return the model for a task: the task's head on the trunk of the run in `source`.
 
     `make(head, source, **overrides)` loads the trunk or draws new weights, with `overrides` of the configuration.
-    `lm_weight` is the weight of the language model's loss, `names` are the names of the classes or choices, none for
-    numbers and spans, and `classifier_bias` gives the output layer a bias. The head reads the extract token, with a
+    `lm_weight` is the weight of the language model's loss, and `classifier_bias` gives the output layer a bias. `names`
+    are the names of the classes or choices, none for numbers and spans. The head reads the extract token, with a
     dropout of 0.1. For a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, and all other
     arguments are ignored.
     """
@@ -327,9 +327,9 @@ def writing_prompt(
     `tokenizer` is the run's. A model that was fine-tuned to answer in text gets `prompt` and `question` with the
     special tokens of its training, and none of it is cut off. `question` is None for a task without questions. Any
     other model continues `prompt` as it is. `end` is None if the model has no token that ends a text; generation then
-    stops at the maximum number of tokens. Raise `ValueError` if `question` is given to a model that takes none or
-    missing for one that needs it, if the prompt has a character without a token, or if it is empty and the model has no
-    start token.
+    stops at the maximum number of tokens. Raise `ValueError` if `question` is given to a model that takes none, or
+    missing for one that needs it. For a model that was not fine-tuned to answer in text, also raise it if the prompt
+    has a character without a token, or is empty and there is no start token.
     """
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM

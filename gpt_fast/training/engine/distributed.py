@@ -52,7 +52,7 @@ class World:
     def total(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place, and return it. With one rank, it stays as it is.
 
-        Every rank must call this, with a tensor of the same shape and dtype.
+        Every rank must call this, with a tensor of the same shape and dtype on its device.
         """
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -262,10 +262,10 @@ def settings_of(world: World) -> dict[str, Any]:
 def bytes_per_update(parameters: int, ranks: int, strategy: str, bits: int = 16, parts: int = 1) -> float:
     """Return the bytes that each rank sends, and also receives, in one update of P = `parameters` on N = `ranks`.
 
-    DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 gathers the weights for the forward and again for the
-    backward pass of each of k = `parts` micro-batches, in the dtype of products (`bits` 16 or 32), and scatters the
-    float32 sum of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. DDP does not depend on `bits` and `parts`.
-    Raise `ValueError` if `strategy` is neither "ddp" nor "fsdp". Source: Thakur et al. (2005),
+    DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 sends `(N - 1)/N · (2 k bits/8 + 4) P`. It gathers the
+    weights for the forward and again for the backward pass of each of k = `parts` micro-batches, in the dtype of
+    products (`bits` 16 or 32). It scatters the float32 sum of the gradients once. DDP does not depend on `bits` and
+    `parts`. Raise `ValueError` if `strategy` is neither "ddp" nor "fsdp". Source: Thakur et al. (2005),
     doi:10.1177/1094342005051521, for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
     """
     if strategy not in ("ddp", "fsdp"):

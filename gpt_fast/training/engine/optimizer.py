@@ -58,9 +58,10 @@ def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors)
 def layer_factors(model: Any, decay: float) -> dict[int, float]:
     """Return {id of a parameter: factor of its learning rate} for the decoders and the embeddings of a model's trunk.
 
-    The factor is `decay`^(L - i) in decoder i of L, counted from 0, and `decay`^(L + 1) in the embeddings, also where
-    the output layer shares their weight. All other parameters are absent, which stands for 1; for `decay` 1 the result
-    is empty. Source: Howard and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of BEiT's code.
+    The factor is `decay`^(L - i) in decoder i of L, counted from 0, and `decay`^(L + 1) in the embeddings. An output
+    layer that shares the embedding's weight has its factor. All other parameters are absent, which stands for 1; for
+    `decay` 1 the result is empty. Source: Howard and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of
+    BEiT's code.
     """
     if decay == 1:
         return {}

@@ -177,8 +177,9 @@ class Engine:
 
         `loss` is this rank's share of the mean loss. The gradients of the model have been multiplied by the float16
         loss scale and averaged over the ranks; they are changed in place. In float16 the loss scale is adjusted
-        afterwards. Return (loss, norm, skipped), scalars on the device: the sum of all ranks' shares, the norm of the
-        gradient before clipping and without the loss scale, and 1.0 if the update was skipped, else 0.0.
+        afterwards. Return (loss, norm, skipped), scalars on the device. `loss` is then the sum of all ranks' shares,
+        and `norm` is that of the gradient before clipping, without the loss scale. `skipped` is 1.0 if the update was
+        skipped, else 0.0.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
@@ -214,7 +215,7 @@ class Engine:
         """Return {name: tensor} for the model and its optimizers, from which training resumes.
 
         The names are "model.NAME" and "optimizer.KEY.NAME" for the parameter NAME and the entry KEY of its optimizer
-        state, such as "exp_avg"; and "scale" and "growth", the float16 loss scale and the updates since it changed. The
+        state, such as "exp_avg". "scale" and "growth" are the float16 loss scale and the updates since it changed. The
         tensors are the live ones: copying into them restores the state. Optimizer state of trainable parameters that
         does not exist yet is created as zeros; frozen parameters have none. States of random generators are not among
         them. With FSDP the tensors are sharded.
