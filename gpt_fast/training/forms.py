@@ -179,7 +179,8 @@ def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Que
     """Return a list for each question with the score of each of its choices, in their order.
 
     A score is a `Continuation`: the choice's log-likelihood behind the context, and whether greedy decoding would write
-    it. Raise `ValueError` for a choice that has no tokens, or more than the model has positions.
+    it. Raise `ValueError` for a choice that has no tokens, or more than the model has positions, and for an empty
+    context if the model has no start token.
     """
     pairs = []
     for question in questions:

@@ -112,7 +112,7 @@ class WindowSource:
     def _part(self, positions: Sequence[int], pieces: int) -> Batch:
         """Return one batch of the windows at `positions` of the shuffled stream, each cut into `pieces` windows.
 
-        With a mask, each window's masks are drawn from a generator that the run's seed and the position seed.
+        With a mask, the masks of a window depend only on the run's seed and the window's position.
         """
         order = WindowOrder(len(self.stream), self.seq_len, self.seed)
         tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)
