@@ -22,9 +22,10 @@ from .tasks import TaskSettings
 
 
 def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
-    """Raise `ValueError` if --freeze, --class-weights, --lora-rank or --folds cannot be applied.
+    """Raise `ValueError` if --freeze, --class-weights, --lora-rank, --lora-alpha, --folds or --fold cannot be applied.
 
-    The options may contradict each other, the task, or the configuration of the pre-trained model. No data is read.
+    `settings` have the values of these options, `task` is the task to fine-tune for, and `config` is the configuration
+    of the pre-trained model. No data is read.
     """
     _check_freeze(settings, task, config)
     _check_class_weights(settings, task)
@@ -35,7 +36,8 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --freeze is given together with --scratch, or names no part that can be frozen.
 
-    The parts are the trunk, unless the task has no head of its own; the embeddings; and the first 1 to L decoders.
+    Valid are "trunk", "embeddings" and, as texts, the numbers from 1 to the number of decoders. "trunk" is not valid if
+    the model answers in text, because it then has no head of its own to train.
     """
     frozen = settings.freeze
     if frozen is None:
@@ -58,8 +60,9 @@ def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTCon
 def freeze(model: Head, what: str) -> None:
     """Freeze the part of `model` that `what`, the value of --freeze, names: its parameters then require no gradient.
 
-    "trunk" is the whole Transformer, embeddings included, with the language model's output layer. "embeddings" are the
-    token and position embeddings. A number n, as a text, is the embeddings and the first n decoders.
+    "trunk" is the whole Transformer, embeddings included, with the language model's output layer if there is one.
+    "embeddings" are the token and position embeddings. A number n, as a text, is the embeddings and the first n
+    decoders.
     """
     modules: list[nn.Module] = [model.trunk.token_emb, *model.trunk.decoders[: int(what) if what.isdigit() else 0]]
     if what == "trunk":
@@ -72,9 +75,10 @@ def freeze(model: Head, what: str) -> None:
 def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --lora-rank cannot be applied, or if --lora-alpha is given without it.
 
-    The rank may be at most the hidden dimension, and PEFT has to be installed. --scratch, --freeze and --strategy fsdp
-    may not be given beside it. The pre-trained run has to have a model.safetensors that stays: a run that was stopped,
-    or whose weights are an adapter, has none.
+    Without both options, do nothing. The rank may be at most the hidden dimension, and PEFT has to be installed.
+    --scratch, --freeze and --strategy fsdp may not be given beside --lora-rank. The pre-trained run has to have a
+    model.safetensors that stays. A run whose weights are an adapter has none, and that of an unfinished run with
+    checkpoints may change.
     """
     rank, source = settings.lora_rank, settings.source
     if rank is None:
@@ -122,7 +126,8 @@ def _check_folds(settings: FinetuneSettings) -> None:
 def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None:
     """Raise `ValueError` if --class-weights is given for a task without classes, or has no valid value.
 
-    Valid are "balanced" and numbers of 0 or more with commas between them, one for each class that --labels lists.
+    Valid are "balanced" and numbers of 0 or more with commas between them. If --labels lists the classes, there has to
+    be one number for each; otherwise their number is not checked here.
     """
     given = settings.class_weights
     if given is None:
@@ -141,11 +146,11 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
 def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], task: TaskSettings) -> list[float]:
     """Return the weight in the loss of each class, in the order of `names`, for `given`, the value of --class-weights.
 
-    `given` is a list of numbers with commas between them, or "balanced". Balanced weights are scikit-learn's: N / (K ·
-    rows of the class) over the N training examples `rows`, where K counts the classes that have rows; a class without
-    any weighs 1. For tags, the tagged words count in place of rows. Where a row has several labels, the weight is the
-    number of rows without the label over the number with it, or 1 if no row has it. Raise `ValueError` if there are not
-    as many numbers as classes.
+    `given` is "balanced", or numbers with commas between them, which are returned. Raise `ValueError` if there are not
+    as many numbers as classes. Balanced weights are scikit-learn's: N / (K · rows of the class) over the N training
+    examples `rows`, where K counts the classes that have rows. A class without any weighs 1. For a task with a tag for
+    each word, tagged words count in place of rows. If a row has a set of classes, a weight is the number of rows
+    without the class over the number with it, or 1 if no row has it.
     """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]

@@ -32,14 +32,16 @@ def compare(
 ) -> dict[str, Any]:
     """Compare a run's model on its kernels ("fused") with the pure-PyTorch reference, in results and in speed.
 
-    Both modes train on one batch of `batch_size` random rows, with the model's dropout and the same masks. After one
-    update each to warm up, they make `repeats` timed updates in turns. `show(done, repeats)` is called after each pair
-    of updates, with `done` 0 after the first pair, which warms up.
+    The run is in `folder`, and its model runs on `device`, "cpu" or "cuda". The folder is not changed. The batch has
+    `batch_size` random rows. For the results, each mode makes a forward and a backward pass with dropout, with the same
+    masks. For the speed, each trains a copy of the model: one update to warm up, then `repeats` timed ones, in turns.
+    `show(done, repeats)` is called after each pair of updates, with `done` 0 after the first pair, which warms up.
 
     Return "device"; "batch", the shape of the tokens; "kernels", {op: "triton", "cpp" or "reference"}, which says what
-    serves each op; "logits" and "gradients", {"largest", "relative"} each, the differences by `difference`;
-    "fused_tokens_per_second" and "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread",
-    each [minimum, maximum]; and "speedup", the ratio of the medians. Raise `ValueError` if the batch needs more memory
+    serves each op; "logits" and "gradients", {"largest", "relative"} each; "fused_tokens_per_second" and
+    "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread", each [minimum, maximum]; and
+    "speedup", the ratio of the medians. "largest" is the largest difference of an element, and "relative" the largest
+    ratio of a tensor's difference to its largest reference value. Raise `ValueError` if the batch needs more memory
     than is available.
     """
     model = load_run(folder, device)
@@ -81,10 +83,12 @@ def compare(
 def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> dict[str, Any]:
     """Return how soon each run's `metric` first falls to `loss`, as {"metric", "loss", "runs"}.
 
-    "runs" has a dict for each folder: "run", the folder; "best", the lowest `metric`; "optimizer"; and "step" and
-    "seconds", the updates and the seconds of training until `metric` falls to `loss`, interpolated linearly between two
-    validations. Both are None if the run never reaches `loss`, and "seconds" also if the run did not log it. If `loss`
-    is None, it is the lowest value that all runs reach.
+    "runs" has a dict for each folder: "run", the folder as text; "best", the lowest `metric`; "optimizer", "adamw" or
+    "muon"; "step"; and "seconds". The last two are the updates and the seconds of training until `metric` falls to
+    `loss`, interpolated linearly between two lines. Both are None if the run never reaches `loss`, and "seconds" also
+    if the run did not log it. If `loss` is None, it is the lowest value that all runs reach. `metric` is a field of
+    metrics.jsonl, such as "valid_loss". Raise `FileNotFoundError` for a folder without metrics.jsonl, and `ValueError`
+    if no line of it has `metric`.
     """
     curves = {folder: read_curve(folder, metric) for folder in folders}
     best = {folder: min(line[metric] for line in curve) for folder, curve in curves.items()}
@@ -99,10 +103,11 @@ def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> di
 
 
 def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field: str) -> float | None:
-    """Return the value of `field` where `metric` first falls to `loss`, interpolated between two lines of `curve`.
+    """Return the value of `field` where `metric` first falls to `loss` or below, interpolated between two lines.
 
-    `curve` holds lines of a run's metrics.jsonl in their order, each a dict of numbers. Return None if `metric` never
-    falls to `loss`, or if one of the two lines lacks `field`. Lines in which `metric` is NaN are skipped.
+    `curve` holds lines of a run's metrics.jsonl in their order, each a dict of numbers with `metric` in it. If the
+    first line is at or below `loss` already, its own value is returned. Return None if `metric` never falls to `loss`,
+    or if one of the two lines lacks `field`. Lines in which `metric` is NaN are skipped.
     """
     before: dict[str, float] | None = None
     for line in curve:
@@ -120,8 +125,10 @@ def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field:
 def random_batch(model: Head, batch_size: int) -> Batch:
     """Return a batch of `batch_size` rows of random tokens, with random labels of the kind that the model's head takes.
 
-    A row has `config.seq_len` tokens, or two or four such sequences for a head that reads a pair or choices. For heads
-    of labelled tasks, the lengths of the sequences differ. The same model and size always give the same batch.
+    A row has as many tokens as the model has positions. For a head that reads a pair or choices, it has two or four
+    sequences of that length. For heads of labelled tasks, each sequence has a random number of real tokens, at least
+    half of all. The last of them is the extract token. The batch is on the CPU. The same model and size always give the
+    same batch. Raise `ValueError` for a head of a labelled task without an extract token.
     """
     config = model.config
     generator = torch.Generator().manual_seed(SEED)
@@ -153,9 +160,10 @@ def random_batch(model: Head, batch_size: int) -> Batch:
 def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
     """Return (logits, gradients) of one forward and backward pass of the loss on `batch`.
 
-    `gradients` is a list in the order of the model's parameters, without those that have no gradient. The pass runs
-    inside `mode()`: `nullcontext` for the kernels, `ops.use_reference` for the reference. Dropout masks are the same in
-    every call.
+    Both are copies. `gradients` is a list in the order of the model's parameters, without those that have no gradient.
+    The pass runs inside `mode()`: `nullcontext` for the kernels, `ops.use_reference` for the reference. Torch's
+    generators are seeded with the same number, so that dropout masks are the same in every call. The model stays in
+    training mode, with the gradients in its parameters.
     """
     model.train()
     model.zero_grad(set_to_none=True)
@@ -170,9 +178,10 @@ def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Te
 def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     """Return how far the tensors `got` lie from the tensors `wanted`, as {"largest": number, "relative": number}.
 
-    "largest" is the largest `|got - wanted|` of all elements. Each pair of tensors has a ratio: its largest difference
-    divided by its largest `|wanted|`, or the difference itself if that `|wanted|` is 0. "relative" is the largest
-    ratio.
+    The lists are compared tensor by tensor, so both have the same shapes in the same order. "largest" is the largest
+    `|got - wanted|` of all elements. Each pair of tensors has a ratio: its largest difference divided by its largest
+    `|wanted|`, or the difference itself if that `|wanted|` is 0. "relative" is the largest ratio. For empty lists both
+    are 0.
     """
     largest, relative = 0.0, 0.0
     for a, b in zip(got, wanted, strict=True):
@@ -183,7 +192,10 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
 
 
 def step_seconds(engine: Engine, batch: Batch) -> float:
-    """Return the seconds that one update on `batch` takes, including the wait for the device."""
+    """Train the engine's model on `batch` for one update, and return the seconds until the device has finished it.
+
+    The learning rate is 1e-4.
+    """
     began = time.perf_counter()
     engine.update([batch], 1e-4).loss.item()  # waits for the device
     return time.perf_counter() - began

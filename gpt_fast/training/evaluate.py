@@ -50,17 +50,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of the run in `folder` on `data`: a language model's loss on text, or a task's on a table.
 
-    The keys are "task", "data" and the names of the metrics, each with its baseline: see `evaluate_language_model`,
-    `evaluate_task` and, with `form`, `evaluate_form`. If `data` is None, a model that was trained on Python's standard
-    library is evaluated on the files that its training held out.
+    The keys are "task", "data" and the names of the metrics, with those of baselines. A language model has "loss",
+    "perplexity" and "unigram_entropy", for example, and a classifier "accuracy" and "majority_accuracy". If `data` is
+    None, a model that was trained on Python's standard library is evaluated on the files that its training held out.
+    `device` is "cpu" or "cuda".
 
-    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None: for a task they
-    are then those of its training, for a language model the text column is "text", and with `form` they have their
-    published names. `skip_labels` are labels whose rows are skipped, `options` say how to read the table, and
-    `confusion` is the path for a picture of a classifier's confusion matrix; the result names it as "confusion" if it
-    could be written. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `stride` reads
-    text in overlapping windows, see `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of
-    `FORMS`. Raise `ValueError` for an option that does not apply to the run.
+    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None. For a task they
+    are then those of its training. For a language model the text column is "text", and with `form` all have their
+    published names. `skip_labels` are labels whose rows are skipped, besides those of the training, and `options` say
+    how to read the table. `confusion` is the path for a picture of a classifier's confusion matrix; the result names
+    the path as "confusion" if the picture could be written. `raw_dtype`, "uint16" or "uint32", is the dtype of token
+    files without a header. With `stride`, text is read in overlapping windows that begin so many tokens apart. `form`
+    says that `data` is a file of a benchmark, "lambada" or "hellaswag", on which a causal language model is measured.
+
+    Raise `ValueError` for an option that does not apply to the run, and for data that does not fit it. Raise
+    `FileNotFoundError` if `folder` holds no run.
     """
     model = load_run(folder, device)
     record = read_record(folder)
@@ -99,9 +103,10 @@ def evaluate(
 
 
 def _refuse(given: Mapping[str, object], reason: str) -> None:
-    """Raise `ValueError` for the first option in `given`, options with their values, whose value is true.
+    """Raise `ValueError` for the first option in `given` whose value is not None, False, 0 or empty.
 
-    `reason` says why the option does not apply.
+    `given` maps names of options, such as "--stride", to the values that the user gave. `reason` says for the message
+    why none of them applies.
     """
     for option, value in given.items():
         if value:
@@ -122,10 +127,11 @@ def _evaluate_form(
 ) -> dict[str, Any]:
     """Return the metrics of a language model on the file `data` of a benchmark called `form`, and its path as "data".
 
-    The keys are "task", accuracies and "examples", as `evaluate_form` returns them. `folder` is the model's run folder,
-    from which the tokenizer is read, and `options` say how to read the file. `text_column`, `choice_columns` and
-    `label_column` may be None for the names in the published data set. Raise `ValueError` if `form` is not one of
-    `FORMS`, or if `stride` is given.
+    The other keys are "task", accuracies such as "last_word_accuracy" or "choice_accuracy", and "examples". `folder` is
+    the model's run folder, from which the tokenizer is read, and `options` say how to read the file. `text_column`,
+    `choice_columns` and `label_column` may be None for the names in the published data set. Raise `ValueError` if
+    `form` is neither "lambada" nor "hellaswag", or if `stride` is not None. `model` has to be a `GPTForCausalLM`, and
+    `data` not None.
     """
     if form not in FORMS:
         raise ValueError(f"--form {form!r}: expected one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}")
@@ -138,9 +144,11 @@ def _evaluate_form(
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
-    """Return the task that a run was fine-tuned for, as `record`, its run.json, says, or None for a language model.
+    """Return the task that a run was fine-tuned for, with its columns, or None for a language model.
 
-    A classifier without a record, such as one of another library, gets the default columns "text" and "label".
+    The task is that in `record`, the content of the run's run.json, under "columns". Without that entry, as for a model
+    of another library, a `GPTForSequenceClassification` gets classification or regression, by its configuration, with
+    the columns "text" and "label". Any other model gives None.
     """
     if "columns" in record:
         columns: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["columns"].items()}
@@ -155,8 +163,9 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
 def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
     """Return the names of the classes of a run.
 
-    They come from `record`, its run.json, else from the configuration of its classifier, else they are the numbers from
-    0 on. The list is empty for a run without classes.
+    They come from `record`, the content of its run.json, under "labels". Without them, those of a
+    `GPTForSequenceClassification` come from its configuration, or else are the numbers from 0 on, as texts. The list is
+    empty for a regression and for any other model.
     """
     if record.get("labels"):
         return list(record["labels"])
@@ -178,10 +187,12 @@ def evaluate_task(
     """Return "task", "data" and the metrics of a fine-tuned model on a table, with their baselines.
 
     `folder` is the model's run folder, from which the tokenizer is read. `data` is the table's file, read with
-    `options`, or None for snippets of Python's standard library. `task` names the columns, and `labels` are the names
-    of the classes. The metrics are those of `tasks.score`, such as "accuracy" and "majority_accuracy" for a classifier.
-    A model that answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the
-    confusion matrix, or None; the result names it as "confusion" if it could be written.
+    `options`, or None for held-out snippets of Python's standard library. `task` names the columns, and `labels` are
+    the names of the classes. The metrics depend on the task, such as "accuracy" and "majority_accuracy" for a
+    classifier and "mse" and "mean_mse" for a regression. A model that answers in text also has "exact_match" and
+    "word_f1". `confusion` is the path for a picture of the confusion matrix, or None; the result names the path as
+    "confusion" if the picture could be written. Warn about rows that may have been cut off or are empty. Raise
+    `ValueError` for a table that does not fit the task.
     """
     table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
     tokenizer = run_tokenizer(folder, model)
@@ -212,10 +223,10 @@ class _Batches(Sequence[Batch]):
         return math.ceil(len(self.stream) / (BATCH * self.seq_len))
 
     def __getitem__(self, index: Any) -> Any:
-        """Return batch number `index`: up to 32 windows of `seq_len` tokens each, which lie side by side in the stream.
+        """Return batch number `index`, from 0: up to 32 windows of `seq_len` tokens, side by side in the stream.
 
-        With a mask, each batch is read once and in order, because the masks of all batches are drawn from one
-        generator.
+        With a mask, each call draws masks from one generator that all batches share. So each batch has to be read once,
+        and in order, for masks that can be reproduced.
         """
         starts = range(index * BATCH * self.seq_len, len(self.stream), self.seq_len)[:BATCH]
         return lm_batch(self.stream.windows(starts, self.seq_len), self.mask, self.generator, None)
@@ -231,19 +242,19 @@ def evaluate_language_model(
 ) -> dict[str, Any]:
     """Return the loss of a language model over all of `data` in nats per predicted token, and what follows from it.
 
-    The keys are "task", "data", "tokens", "loss", "unigram_entropy" (the baseline), "perplexity" and, if it is given,
-    "stride". A causal model on text also has "bits_per_byte", "bits_per_word" and "words", which do not depend on the
-    tokenizer. `data` is text, a table with a `text_column`, or token files; None stands for the held-out files of
-    Python's standard library. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `folder`
-    is the model's run folder, from which the tokenizer is read. A masked model predicts 15 % of the tokens, always the
-    same ones.
+    The keys are "task" ("clm" or "mlm"), "data" (its name), "tokens" (their number), "loss", "unigram_entropy" (the
+    baseline), "perplexity" and, if it is given, "stride". A causal model on text also has "bits_per_byte",
+    "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a table with a `text_column`, or
+    token files; None stands for the held-out files of Python's standard library. `raw_dtype`, "uint16" or "uint32", is
+    the dtype of token files without a header. `folder` is the model's run folder, from which the tokenizer is read. A
+    masked model predicts 15 % of the tokens, always the same ones.
 
-    Windows of the model's length lie side by side, and a last part shorter than a window is left out. With `stride`,
-    which is for causal models, each window begins `stride` tokens after the one before, and only tokens that no earlier
-    window has scored are scored. Then nothing is left out, and tokens have more context.
+    Windows of the model's length lie side by side, and a last part shorter than a window is left out; a shorter text is
+    one window. With `stride`, which is for causal models, each window begins `stride` tokens after the one before, and
+    only tokens that no earlier window has scored are scored. Then nothing is left out, and tokens have more context.
 
-    Raise `ValueError` if `stride` is not from 1 to the model's number of positions, or if `data` does not fit the
-    model's tokenizer.
+    Raise `ValueError` if `stride` is not from 1 to the model's number of positions, or if `raw_dtype` is given for
+    text. Also raise it if `data` is empty or does not fit the model's tokenizer.
     """
     T = model.config.seq_len
     if stride is not None and not 1 <= stride <= T:

@@ -55,8 +55,10 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
 
     The folder has the weights of the best validation. Return the run's record, the content of run.json.
-    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user. `stop`
-    tells whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
+    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user, both on
+    rank 0 only. `stop` tells whether a signal has asked the run to end. With --resume, a finished run that is not asked
+    for more epochs is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, and `ValueError`
+    for settings that contradict each other or do not fit the data.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read
@@ -67,7 +69,10 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
 
 
 def task_of(settings: FinetuneSettings) -> TaskSettings:
-    """Return the task and its columns, as the settings name them. Raise `ValueError` if they contradict each other."""
+    """Return the task with its columns, labels and other options, as `settings` name them. No table is read.
+
+    Columns that are None are the task's defaults. Raise `ValueError` for an unknown task, or options it does not have.
+    """
     return task_settings(
         settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers,
         settings.labels, settings.skip_label, settings.answers,
@@ -77,7 +82,10 @@ def task_of(settings: FinetuneSettings) -> TaskSettings:
 def _finetune(session: Session[FinetuneSettings]) -> Record:
     """Fine-tune a model, as a `Session` asks: read the tables, make the model, train, and write the run folder.
 
-    Return the run's record, the content of run.json.
+    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Return the
+    run's record, the content of run.json. Rank 0 writes the weights of the best validation and the pictures, and adds
+    to its record what it measures afterwards. Raise `ValueError` if the settings, the tables and the pre-trained model
+    do not fit each other.
     """
     ranks, source = session.ranks, session.settings.source
     lr = session.settings.lr if session.settings.lr is not None else finetuning_lr(source)
@@ -171,7 +179,10 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
             chosen = load_adapted(task.task.head, session.run.folder, record, best_folder).to(ranks.device)
 
         def measure() -> Record:
-            """Return "valid_exact_match" and "valid_word_f1" of the answers in text, or {} for a model without them."""
+            """Return {"valid_exact_match", "valid_word_f1"} of the best model's texts for the validation rows.
+
+            The enclosing function has loaded that model and made the rows. For a model that writes no text, return {}.
+            """
             if not isinstance(chosen, GPTForCausalLM):
                 return {}
             written = written_metrics(chosen, valid_rows, tokenizer, valid.labels)
@@ -189,25 +200,26 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
     """Return a model of class `head` with the weights of the run in `source`.
 
-    It has the special tokens of a task's input, start, delimiter and extract. `overrides` replace fields of the
-    configuration.
+    Special tokens of a task's input (start, delimiter, extract) that it lacks are added, with the ids of the run's
+    tokenizer. Layers that the run lacks, such as a classifier, get new random weights. `overrides` replace fields of
+    the configuration.
     """
     return load_for_task(source, partial(load_head, head), overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
-    """Return a model of class `head` with new weights and the configuration of the run in `source`.
+    """Return a model of class `head` with new random weights and the configuration of the run in `source`.
 
-    It has the special tokens of a task's input, start, delimiter and extract. `overrides` replace fields of the
-    configuration.
+    Special tokens of a task's input (start, delimiter, extract) that it lacks are added, with the ids of the run's
+    tokenizer. `overrides` replace fields of the configuration.
     """
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
-    """Return the number of rows ("rows") and a checksum of their tokens and labels ("crc32").
+    """Return {"rows", "crc32"}: the number of training examples, and a CRC-32 of their tokens and labels in order.
 
-    The run folder keeps both, and a run resumes only on a table with the same values.
+    The run's checkpoints keep both, and a run resumes only on a table with the same values.
     """
     tagged = any(row.tags for row in rows)
     content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
@@ -220,7 +232,10 @@ def answer_bytes(table: Table) -> int:
 
 
 def some_rows(table: Table, count: int, seed: int) -> Table:
-    """Return `count` rows of a table, drawn by the seed, in the table's order. Raise `ValueError` if it has fewer."""
+    """Return a table of `count` rows of `table`, drawn at random by `seed`, in the order of `table`.
+
+    Raise `ValueError` if it has fewer rows.
+    """
     if count > len(table):
         raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on; expected at most as many")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
@@ -247,8 +262,10 @@ class RowSource:
     def __call__(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of update `step`, counted from 0, as many on every rank.
 
-        The updates take `batch_size` rows each of one shuffled pass over the rows after another. If there are too few
-        rows for all micro-batches of all ranks, some hold one row that does not count (weight 0).
+        The updates take `batch_size` rows each of one shuffled pass over the rows after another. The last update of a
+        pass takes the rows that are left. A rank gets `parts` micro-batches, or fewer if there are too few rows. A
+        micro-batch without a row of its own holds one row that does not count (weight 0). The same step always gives
+        the same batches.
         """
         epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch_size))
         order = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
@@ -258,7 +275,10 @@ class RowSource:
         ]
 
     def _part(self, part: Sequence[int], spare: int) -> Batch:
-        """Return the batch of the rows with the indices `part`. If there are none, return row `spare` with weight 0."""
+        """Return the padded batch of the rows with the indices `part`.
+
+        If `part` is empty, return a batch of the row with the index `spare`, with weight 0.
+        """
         batch = task_batch([self.rows[i] for i in part or [spare]], self.pad_token, self.numbers)
         return batch if part else batch._replace(weight=0)
 
@@ -271,10 +291,11 @@ class RowSource:
 
 
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:
-    """Return the task's metrics on `rows`, with "valid_" in front of their names, such as "valid_accuracy".
+    """Return the metrics of `model` for the task on the examples `rows`: {"valid_accuracy": 0.9}, for example.
 
-    Baselines, whose names begin with "majority_" or "mean_", keep their names. `size` is the number of bytes of all
-    expected answers, which a task in text needs for its bits per byte.
+    All names begin with "valid_", except those of baselines, which begin with "majority_" or "mean_". "valid_examples"
+    is the number of rows. `size` is the number of bytes of all expected answers; only a task whose answers are texts
+    needs it, for its bits per byte.
     """
     measured = score(model, rows, task, size)
     baselines = ("majority_", "mean_")
@@ -284,8 +305,9 @@ def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: i
 def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
     """Plot the training loss and a validation metric of the run in `folder` over the updates, as a PNG at `path`.
 
-    The metric is the loss of the answers for a task in text, the F1 of words for a span, the squared error for numbers,
-    and else the accuracy. `source` names the training table in the title.
+    The metric is the loss of the answers for a task whose answers are texts, the F1 of words for a span, the mean
+    squared error for numbers, and else the accuracy. For numbers and accuracy, a line shows the metric of a constant
+    answer. The curves are read from metrics.jsonl. `source` names the training table in the title.
     """
     metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
@@ -299,7 +321,10 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
 
 
 def draw_confusion(model: Head, rows: Sequence[Example], names: Sequence[str], title: str, path: Path) -> None:
-    """Plot the confusion matrix of a classifier on `rows` as a PNG at `path`. `names` are the names of the classes."""
+    """Plot the confusion matrix of a classifier on the examples `rows` as a PNG at `path`.
+
+    `names` are the names of the classes, in the order of the model's logits.
+    """
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
     labels = torch.tensor([int(row.target) for row in rows])  # type: ignore[arg-type]
     plot_confusion(confusion_matrix(logits, labels).tolist(), names, title, path)
@@ -316,10 +341,10 @@ def _tell(
 ) -> None:
     """Tell the user what the run will train on and what may be wrong with it, by a call of `say` for each line.
 
-    The lines are: the numbers of rows for training and validation; the remarks of `remarks` on `train`, and the notes
-    of `valid`; `rule`, a line about the labels, unless it is None; and, for fewer than FEW_UPDATES of `steps` updates,
-    that they are few. `rows` are the examples made of the table `train`, and `seq_len` is the model's number of
-    positions.
+    The first line has the numbers of rows for training and validation. Then come the notes of `train`, how many of its
+    rows may have been cut off or are empty, and the notes of `valid`. `rule`, a line about the labels, follows unless
+    it is None. If `steps` is below 50, the last line says that so few updates teach little. `rows` are the examples
+    made of the table `train`, `seq_len` is the model's number of positions, and `steps` the number of updates.
     """
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
     for remark in [*remarks(train, rows, seq_len), *valid.notes]:

@@ -47,9 +47,9 @@ def evaluate_form(
 ) -> dict[str, Any]:
     """Return the metrics of a language model on a benchmark's file at `path`, of the form "lambada" or "hellaswag".
 
-    For "lambada" the keys are "task", "last_word_accuracy", "last_word_loss", "last_word_perplexity" and "examples",
-    see `last_words`. For "hellaswag" they are "task", "choice_accuracy", "choice_accuracy_norm",
-    "choice_accuracy_per_token", "chance" and "examples", see `endings`.
+    For "lambada" the keys are "task", "last_word_accuracy", "last_word_loss", "last_word_perplexity" and "examples".
+    For any other `form` the file is read as HellaSwag's, and they are "task", "choice_accuracy", "choice_accuracy_norm"
+    (by characters), "choice_accuracy_per_token", "chance" (the accuracy of guessing) and "examples".
 
     LAMBADA reads `text_column` alone. For HellaSwag `choice_columns` is a column of lists, or several columns with
     commas between their names, and `label_column` holds the index of the right ending. A column that is None has the
@@ -65,8 +65,9 @@ def evaluate_form(
 def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Question]:
     """Return a `Question` for each row of the file: the text up to the last space, with the last word as its choice.
 
-    There is no other choice, and it begins with the space. Raise `ValueError` for a text without a space between words,
-    and for a file without rows.
+    There is no other choice, and it begins with the space. `options` say how to read the file. Raise `ValueError` for a
+    row without a text in `text_column`, and for a file without rows. Also raise it for a text without a space between
+    words, or with one at its end.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -84,10 +85,11 @@ def read_endings(
     """Return a `Question` for each row of the file: a context, its possible endings, and the index of the right one.
 
     `choice_columns` is a column of lists, or several columns with commas between their names. `label_column` holds the
-    index, from 0 on. If `text_column` is None, the context of HellaSwag's own files is made of `activity_label`,
-    `ctx_a` and `ctx_b`, without annotations in brackets, as in lm-evaluation-harness; in files that lack these columns
-    it is `ctx`. A choice begins with a space. Raise `ValueError` for a row that lacks a part, and for a file without
-    rows.
+    index, from 0 on. If `text_column` is None, the context in HellaSwag's own files is made of the columns
+    `activity_label`, `ctx_a` and `ctx_b`. In these files, annotations in brackets are removed from context and choices,
+    as in lm-evaluation-harness. In files that lack one of these columns, the context is the column `ctx`. A choice
+    begins with a space. `options` say how to read the file. Raise `ValueError` for a row in which a part is missing or
+    not valid, and for a file without rows.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -106,15 +108,19 @@ def read_endings(
 
 
 def without_brackets(text: str) -> str:
-    """Return a text of HellaSwag without the annotations in brackets that WikiHow left in it."""
+    """Return a text of HellaSwag without the annotations in brackets that WikiHow left in it.
+
+    " [title]" becomes ". ", and any other text in square brackets is removed. Two spaces then become one, and spaces at
+    both ends of `text` are dropped before.
+    """
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return how well the model predicts the last word, the first choice of each question.
+    """Return how well the model predicts the last word, which is the first choice of each question, as a dict.
 
-    The keys are "task"; "last_word_accuracy", the share that greedy decoding writes; "last_word_loss", the mean loss of
-    a word in nats; "last_word_perplexity"; and "examples".
+    There has to be at least one question. The keys are "task"; "last_word_accuracy", the share that greedy decoding
+    writes; "last_word_loss", the mean loss of a word in nats; "last_word_perplexity"; and "examples".
     """
     found = [scores[0] for scores in _scores(model, tokenizer, questions)]
     loss = -math.fsum(score.log_prob for score in found) / len(found)
@@ -128,11 +134,12 @@ def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[
 
 
 def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return how often the right choice of a question has the largest log-likelihood.
+    """Return how often the right choice of a question has the largest log-likelihood, as a dict of shares.
 
-    "choice_accuracy" compares the log-likelihoods of whole choices. "choice_accuracy_norm" (lm-evaluation-harness's
-    `acc_norm`) compares them divided by the number of characters, "choice_accuracy_per_token" by the number of tokens.
-    "chance" is the accuracy of guessing, and "examples" the number of questions. "task" is "hellaswag".
+    There has to be at least one question. Of equal choices the first one counts. "choice_accuracy" compares the
+    log-likelihoods of whole choices. "choice_accuracy_norm" (lm-evaluation-harness's `acc_norm`) compares them divided
+    by the number of characters, "choice_accuracy_per_token" by the number of tokens. "chance" is the accuracy of
+    guessing, and "examples" the number of questions. "task" is "hellaswag".
     """
     right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
     for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):
@@ -172,7 +179,8 @@ def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Que
     """Return a list for each question with the score of each of its choices, in their order.
 
     A score is a `Continuation`: the choice's log-likelihood behind the context, and whether greedy decoding would write
-    it. Raise `ValueError` for a choice that has no tokens, or more than the model has positions.
+    it. Raise `ValueError` for a choice that has no tokens, or more than the model has positions, and for an empty
+    context if the model has no start token.
     """
     pairs = []
     for question in questions:
@@ -191,7 +199,7 @@ def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Que
 def _text(path: Path, place: str, row: Row, column: str) -> str:
     """Return the text in a column of a row. Raise `ValueError` if the column is missing or holds no text.
 
-    `place` says where in the file at `path` the row is, for the message.
+    `row` is a dict by column. `place` says where in the file at `path` the row is, for the message.
     """
     value = _value(path, place, row, column)
     if not isinstance(value, str):
@@ -200,10 +208,11 @@ def _text(path: Path, place: str, row: Row, column: str) -> str:
 
 
 def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
-    """Return the endings of a row: a list in one column, or several columns, named with commas between them.
+    """Return the endings of a row: the list in the column `columns`, or the texts of several columns.
 
-    Raise `ValueError` if a column is missing, or if these are not two texts or more. `place` says where in the file at
-    `path` the row is, for the message.
+    If the row, a dict by column, has no column of that name, `columns` is read as names with commas between them. Raise
+    `ValueError` if a column is missing, or if these are not two texts or more, none empty. `place` says where in the
+    file at `path` the row is, for the message.
     """
     names = [columns] if columns in row else columns.split(",")
     found = [_value(path, place, row, name) for name in names]
@@ -218,8 +227,8 @@ def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
 def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
     """Return the integer from 0 to `count` - 1 in a column of a row: the index of the right one of `count` choices.
 
-    Raise `ValueError` for a missing column and for any other value. `place` says where in the file at `path` the row
-    is.
+    The value may be an int or a text of digits. Raise `ValueError` for a missing column and for any other value.
+    `place` says where in the file at `path` the row is, for the message.
     """
     value = _value(path, place, row, column)
     text = str(value).strip()
@@ -232,9 +241,9 @@ def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
 
 
 def _value(path: Path, place: str, row: Row, column: str) -> object:
-    """Return the value in a column of a row. Raise `ValueError` if the row has no such column.
+    """Return the value in a column of a row, of any type. Raise `ValueError` if the row has no such column.
 
-    `place` says where in the file at `path` the row is, for the message.
+    `row` is a dict by column. `place` says where in the file at `path` the row is, for the message.
     """
     if column not in row:
         raise ValueError(f"{path}, {place}: {no_column(column, row)}")

@@ -58,17 +58,23 @@ class GPTFastLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the id of the token that precedes a text without context: the start token, or else the end token."""
+        """Return the id of the token that precedes a text without context: the start token, or else the end token.
+
+        Raise `ValueError` if the model has neither.
+        """
         return self.eot_token_id if self.model.config.start_token is None else self.model.config.start_token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of `string`. No special tokens are added, whatever `add_special_tokens` says."""
+        """Return the token ids of `string`. No special tokens are added; all arguments but `string` are ignored."""
         return encode(self.ids, string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, True if greedy decoding would write it) of each request's continuation.
+        """Return (log-likelihood, True if greedy decoding would write it) of each request's continuation, in order.
 
-        A request is ((context, continuation), ids of the context, ids of the continuation).
+        A request is ((context, continuation) as texts, ids of the context, ids of the continuation). A context that is
+        too long for the model loses its first tokens. Each result is also added to the harness's cache. Other keyword
+        arguments are ignored. Raise `ValueError` for ids that are empty, or a continuation longer than the model's
+        positions.
         """
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = score_continuations(self.model, pairs, self.batch_size)
@@ -80,7 +86,8 @@ class GPTFastLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each request's text, summed over disjoint windows as the harness cuts them.
 
-        A request's `args` are (text,). The first window begins behind the prefix token. `disable_tqdm` is ignored.
+        A request's `args` are (text,). All tokens of the text are scored, the first one behind the prefix token. The
+        result of an empty text is 0. Each result is also added to the harness's cache. `disable_tqdm` is ignored.
         """
         pairs, counts = [], []
         for request in requests:
@@ -95,16 +102,20 @@ class GPTFastLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that the model writes behind each request's context, up to the first stop sequence.
+        """Return the text that the model writes behind each request's context, without the first stop sequence.
 
-        A request's `args` are (context, options of generation). `disable_tqdm` is ignored.
+        A request's `args` are (context, options), where options is a dict such as {"until": ["."], "max_gen_toks": 9}.
+        Each result is also added to the harness's cache. `disable_tqdm` is ignored.
         """
         return [self._written(*request.args) for request in requests]
 
     def _written(self, context: str, options: dict[str, Any]) -> str:
-        """Return the text that the model writes behind `context`, up to a stop sequence or the end token.
+        """Return the text that the model writes behind `context`, up to a stop sequence or the end token, without it.
 
-        `options` are the harness's: "until", the stop sequences; "max_gen_toks"; "do_sample"; and "temperature".
+        `options` are the harness's: "until", the stop sequences; "max_gen_toks", the largest number of new tokens;
+        "do_sample", without which decoding is greedy; and "temperature". At most the model's positions less one are
+        written, and a context that does not fit beside them loses its first tokens. The prefix token stands in for an
+        empty context. The result is also added to the harness's cache.
         """
         asked: Any = normalize_gen_kwargs(options)
         room = min(asked["max_gen_toks"], self.max_length - 1)

@@ -29,10 +29,11 @@ Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
-    """Return a function that hides tokens for masked language modelling: `mask_tokens` for this vocabulary.
+    """Return a function that hides tokens for masked language modelling in the vocabulary of `tokenizer`.
 
-    It takes token ids [B, T] and a generator and returns (inputs, labels), [B, T] each; labels are -100 where nothing
-    is hidden. Raise `ValueError` if `config` has no mask token.
+    The function takes token ids [B, T] and a generator. It returns (inputs, labels), [B, T] each: 15 % of the ordinary
+    tokens are chosen, and most of them replaced by the mask token. Labels are the original ids of the chosen tokens and
+    -100 elsewhere. Special tokens are never chosen. Raise `ValueError` if `config` has no mask token.
     """
     special = set(special_ids(tokenizer).values())
     ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
@@ -44,9 +45,10 @@ def lm_batch(
 ) -> Batch:
     """Return windows of token ids `[B, T]` as a batch for next-token prediction, or with `mask` for masked prediction.
 
-    Each window is first cut into `pieces` shorter windows of equal length. `mask` is a function as `masker` returns it,
-    and draws from `generator`. If `document_token`, the id that begins a document, is given, the windows are packed
-    into one row, in which attention does not cross documents.
+    `mask(tokens, generator)` hides tokens and returns (inputs, labels), both [B, T]. Each window is then cut into
+    `pieces` shorter windows of equal length, so `pieces` has to divide T. If `document_token`, the id that begins a
+    document, is given, all windows are packed into one row, in which attention does not cross documents or windows. The
+    batch's `weight` is the number of predictions.
     """
     length = tokens.shape[1] // pieces
     if mask is None:
@@ -97,8 +99,9 @@ class WindowSource:
     def __call__(self, step: int) -> Sequence[Batch]:
         """Return this rank's micro-batches of update `step`, counted from 0.
 
-        An update takes the next `batch_size` windows of `seq_len` tokens of the shuffled stream, of which this rank
-        takes its share. Before update `warmup` / 2 each window is cut into four, and into two before update `warmup`.
+        The result has `parts` batches. An update takes the next `batch_size` windows of `seq_len` tokens of the
+        shuffled stream, of which this rank takes its share. Each window is cut into four before update `warmup` / 2,
+        and into two from there to update `warmup`. The same step always gives the same batches.
         """
         each = self.batch_size // (self.parts * self.ranks)
         first = step * self.batch_size + self.rank * self.parts * each
@@ -107,7 +110,10 @@ class WindowSource:
         return [self._part(range(begin, begin + each), pieces) for begin in begins]
 
     def _part(self, positions: Sequence[int], pieces: int) -> Batch:
-        """Return the batch of the windows at `positions` of the shuffled stream, each cut into `pieces` windows."""
+        """Return one batch of the windows at `positions` of the shuffled stream, each cut into `pieces` windows.
+
+        With a mask, the masks of a window depend only on the run's seed and the window's position.
+        """
         order = WindowOrder(len(self.stream), self.seq_len, self.seed)
         tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)
         # One generator for each part would give other masks to other divisions of the same windows.
@@ -120,8 +126,9 @@ def mask_each(
 ) -> tuple[Tensor, Tensor]:
     """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` [B, T] by itself.
 
-    `mask` is a function as `masker` returns it. The generator that it draws from is seeded with `seed` and the row's
-    position in `positions`. So a window's masks do not depend on the batch that it is in.
+    `mask(row, generator)` hides tokens of a row [1, T] and returns (inputs, labels), both [1, T]. Before each row,
+    `generator` is seeded anew with a hash of `seed` and the row's entry in `positions`, one for each row. So the masks
+    of a row do not depend on the other rows.
     """
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
@@ -157,11 +164,13 @@ def read_lm_data(
 ) -> LMData:
     """Return the `LMData` of a language model: token files (.bin) mapped into memory, or text that is tokenised here.
 
-    `paths` are either token files or text; without paths, the text is the standard library's. `tokenizer` is "bpe",
-    "byte", "char" or a path. If it is None, text gets a new BPE tokenizer of `bpe_size` tokens, and token files take
-    the tokenizer.json beside them. Rank 0 of `ranks` makes the tokenizer and reads token files through once to check
-    them. `text_column` is the column of a table with the text. `raw_dtype`, "uint16" or "uint32", is the dtype of token
-    files without a header. Raise `ValueError` if the files are damaged or the arguments do not fit them.
+    It has a stream of tokens for training and one that is held out, and the tokenizer. `paths` are either token files
+    or text; without paths, the text is the source of Python's standard library. `tokenizer` is "bpe", "byte", "char" or
+    a path. If it is None, text gets a new BPE tokenizer of `bpe_size` tokens, and token files take the tokenizer.json
+    beside the first of them. Rank 0 of `ranks` makes the tokenizer and reads token files through once to check them;
+    every rank must call this. `text_column` is the column of a table with the text. `raw_dtype`, "uint16" or "uint32",
+    is the dtype of token files without a header. Raise `ValueError` if the files are damaged or the arguments do not
+    fit them, or for a pipe with several ranks.
     """
     files = token_files(paths)
     if files:
@@ -188,8 +197,9 @@ def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, ra
     """Return the `LMData` of token files, which are mapped into memory and checked against their tokenizer.
 
     `named` is the path of the tokenizer, or None for the tokenizer.json beside the first file. `raw_dtype`, "uint16" or
-    "uint32", is the dtype of files without a header. Rank 0 of `ranks` reads the files through to check them. Raise
-    `ValueError` if a check fails.
+    "uint32", is the dtype of files without a header. Rank 0 of `ranks` reads the files through to check them. The
+    result has a training and a held-out stream, and `identity` has the checksums of the files. Raise `ValueError` if a
+    check fails, if there is no tokenizer, or if `named` is "bpe", "byte" or "char".
     """
     if named in ("bpe", "byte", "char"):
         raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; expected their tokenizer.json")
@@ -215,7 +225,7 @@ def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, ra
 
 
 def crc(stream: TokenStream) -> int:
-    """Return the CRC-32 of all tokens of a stream."""
+    """Return the CRC-32 of all tokens of a stream, as the bytes of the arrays in which the stream holds them."""
     value = 0
     for array in stream.arrays:
         value = zlib.crc32(np.ascontiguousarray(array).data, value)
@@ -223,5 +233,5 @@ def crc(stream: TokenStream) -> int:
 
 
 def _count(documents: list[Document], stream: TokenStream) -> str:
-    """Return "N documents with M tokens" for a message, where `stream` holds the tokens of `documents`."""
+    """Return "N documents with M tokens" for a message: the length of `documents`, and that of their token stream."""
     return f"{len(documents):,} documents with {len(stream):,} tokens"

@@ -48,8 +48,8 @@ class Spikes:
     def see(self, loss: float) -> bool:
         """Add the loss of the next update to the running mean and variance. Return True if the loss is a spike.
 
-        A spike lies more than six standard deviations above the mean. The first fifty losses are never spikes. A loss
-        that is not finite is ignored.
+        A spike lies more than six standard deviations above the mean of the losses before; that limit is added in its
+        place. The first fifty losses are never spikes. A loss that is not finite is ignored, and the result is False.
         """
         if not math.isfinite(loss):
             return False
@@ -123,9 +123,9 @@ def intervals(
 ) -> dict[str, int]:
     """Return {"log_every", "valid_every"}: the updates between two lines of metrics.jsonl and between two validations.
 
-    Values that are given are kept. By default a run of `steps` updates logs every `steps` / 50 updates, at least one
-    and at most 100, and validates about `validations` times, at a multiple of `log_every`, so that every line covers
-    the same number of updates.
+    A `log_every` or `valid_every` that is given is kept. By default a run of `steps` updates logs every `steps` / 50
+    updates (rounded down), at least 1 and at most 100. By default it validates about `validations` times, at intervals
+    that are a multiple of `log_every`, so that every line covers the same number of updates.
     """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
     regular = log_every * max(1, round(steps / validations / log_every))
@@ -172,9 +172,10 @@ class Loop:
     def resume(self) -> None:
         """Load the newest intact checkpoint of the run folder. Without a checkpoint, change nothing.
 
-        The model, the optimizer, the loop's state and the random generators continue where the checkpoint was saved,
-        and lines of metrics.jsonl after it are removed. Raise `ValueError` if the checkpoint belongs to a run on other
-        data.
+        The model, the optimizers, the loop's state and the random generators continue where the checkpoint was saved,
+        and lines of metrics.jsonl after it are removed. If the number of ranks has changed, the generators are seeded
+        anew. The user is told from which update the run resumes. Every rank must call this. Raise `ValueError` if the
+        checkpoint belongs to a run on other data or another model, or if all checkpoints are damaged.
         """
         world, folder = self.engine.world, self.run_folder.checkpoints
         good = checkpoints.newest_good(folder, self.say) if world.first else None
@@ -205,8 +206,11 @@ class Loop:
     def run(self) -> Metrics:
         """Train until `settings.steps` or `settings.patience` ends the run. Return the last line of metrics.jsonl.
 
-        Raise `Interrupted` after a signal, and `ValueError` if too many updates in a row have no finite loss and
-        gradient.
+        The run folder moves to its final place before the first update. A last checkpoint is saved at the end, and
+        trackers are closed in any case. While this method runs, a first signal ends the run only after an update, whose
+        checkpoint is saved; then `Interrupted` is raised. Several ranks agree on this only at updates that log,
+        validate or save. Raise `ValueError` if more than `settings.max_skips` updates in a row have a loss or gradient
+        that is not finite.
         """
         state, settings, world = self.state, self.settings, self.engine.world
         sent = self._send() if self._continues() else None  # what is wrong with data shows here
@@ -240,15 +244,15 @@ class Loop:
     def _continues(self) -> bool:
         """Return True if updates are left to `settings.steps` and `settings.patience` does not end the run.
 
-        It ends the run when so many validations in a row were no better than the best one. None never does.
+        A patience of n ends the run when n validations in a row were no better than the best one. None never does.
         """
         patience = self.settings.patience
         return self.state.step < self.settings.steps and (patience is None or self.state.stale < patience)
 
     def _trace(self) -> AbstractContextManager[Any]:
-        """Return a profiler of the remaining updates on rank 0 with --profile, else a context that yields None.
+        """Return a profiler that writes profile.json for some of the remaining updates, or a context that yields None.
 
-        The trace of rank 0 shows what all ranks do.
+        The profiler is returned on rank 0 with --profile, if updates are left. Its trace shows what all ranks do.
         """
         updates = self.settings.steps - self.state.step if self._continues() else 0
         if not self.settings.profile or not self.engine.world.first or updates == 0:
@@ -260,10 +264,12 @@ class Loop:
         return self.engine.send(self.source(self.state.step))
 
     def _update(self, sent: Sent) -> Sent | None:
-        """Make one update on the micro-batches in `sent`. Then log, validate, save and stop as the settings ask.
+        """Make one update on the micro-batches in `sent`. Then log, validate and save a checkpoint if these are due.
 
-        Return the handle of the next update's micro-batches if the device is a GPU and an update is left, as their copy
-        was then started beside this update. Else return None. Raise `Interrupted` after a signal.
+        Then call `show` with the `Progress`. After a signal, save a checkpoint and raise `Interrupted`, unless this was
+        the last update. Return the handle of the next update's micro-batches if the device is a GPU and an update is
+        left, as their copy was then started beside this update. Else return None. Raise `ValueError` if too many
+        updates in a row were skipped.
         """
         settings, state, engine = self.settings, self.state, self.engine
         began = time.perf_counter()
@@ -296,8 +302,8 @@ class Loop:
         """Return True if a signal has asked any rank to stop.
 
         Signals reach the ranks at different times, so several ranks have to agree. They do so only if `may_wait`, which
-        is True for updates after which the ranks wait for each other anyway; with several ranks the result is otherwise
-        False.
+        is True for updates after which the ranks wait for each other anyway. Otherwise the result is False with several
+        ranks.
         """
         asked = self.stop.signum is not None
         if self.engine.world.size == 1:
@@ -305,9 +311,10 @@ class Loop:
         return may_wait and self.engine.world.anyone(asked)
 
     def _settle(self) -> None:
-        """Read the losses of past updates off the device, and count skipped updates and spikes among them.
+        """Read the losses of updates since the last call off the device. Count skipped updates and spikes in `state`.
 
-        Raise `ValueError` if more than `settings.max_skips` updates in a row were skipped.
+        The user gets a line about each. Losses of updates that were not skipped are added to `state.losses`, whose mean
+        is shown from then on. Raise `ValueError` if more than `settings.max_skips` updates in a row were skipped.
         """
         state = self.state
         if not self._pending:
@@ -333,10 +340,11 @@ class Loop:
             self._shown = math.fsum(state.losses) / len(state.losses)
 
     def _give_up(self, step: int, loss: float) -> None:
-        """Save the batch of update `step`, the first of several that were skipped, and raise `ValueError`.
+        """Save the batch of update `step` (from 1), the first of several that were skipped, and raise `ValueError`.
 
-        The batch goes to bad-batch.safetensors in the run folder. `loss` is the loss of the latest update, for the
-        message.
+        Rank 0 writes its micro-batches to bad-batch.safetensors in the run folder, as tensors such as "tokens.0" and
+        "labels.0", where 0 is the index of the micro-batch. The folder is then kept. `loss` is the loss of the latest
+        update, for the message.
         """
         path = self.run_folder.folder / "bad-batch.safetensors"
         if self.engine.world.first:
@@ -355,21 +363,29 @@ class Loop:
 
     @property
     def _rate(self) -> float:
-        """Return the tokens per second of all ranks since the last line of metrics.jsonl, or 0 without an update."""
+        """Return the tokens per second of all ranks since the last line of metrics.jsonl or checkpoint.
+
+        Only time spent in updates counts, not in validation or saving. Without an update the result is 0.
+        """
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def _mfu(self, rate: float) -> float | None:
-        """Return the share of the peak FLOP/s used at `rate` tokens per second, or None if the peak is unknown."""
+        """Return the share of all ranks' peak FLOP/s that is used at `rate` tokens per second.
+
+        Return None if the settings have no peak rate. `rate` counts the tokens of all ranks.
+        """
         peak = self.settings.peak_flops
         return rate * self.settings.flops_per_token / (peak * self.engine.world.size) if peak else None
 
     def _log(self, lr: float, norm: float, validates: bool) -> Metrics:
         """Write a line to metrics.jsonl and to the trackers, and return it as a dict. Validate first if `validates`.
 
-        The keys are "step", "train_loss" (mean since the last line), "lr", "grad_norm", "tokens_per_second", "mfu" if
-        it is known, "skipped", "spikes", "seconds", and those that the validation returns. `lr` and `norm` are the
-        learning rate of the last update and its gradient's norm before clipping. The mean loss and the rates of the
-        next line begin anew.
+        The keys are "step", "train_loss" (mean since the last line, NaN if all updates were skipped), "lr",
+        "grad_norm", "tokens_per_second", "mfu" if it is known, "skipped", "spikes", "seconds", and those that the
+        validation returns. `lr` and `norm` are the learning rate of the last update and its gradient's norm before
+        clipping. A validation that is the best so far saves the model to best/. Every rank must call this, and only
+        rank 0 writes, with null for numbers that are not finite. The mean loss and the rates of the next line begin
+        anew.
         """
         state, rate = self.state, self._rate
         mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan
@@ -401,7 +417,8 @@ class Loop:
     def _keep_best(self, line: Metrics) -> None:
         """Save the model to best/ if the validation in `line` is the best so far. Else count it in `state.stale`.
 
-        Validations are compared by the key that `better` makes of them. Do nothing for a run without `better`.
+        Validations are compared by the key that `better` makes of `line`, a dict of metrics; the larger key is better.
+        Do nothing for a run without `better`. Every rank must call this, and rank 0 decides and writes.
         """
         if self.better is None:
             return
@@ -416,7 +433,7 @@ class Loop:
             self.state.stale += 1
 
     def _save_last(self) -> None:
-        """Save the checkpoint from which more steps could be resumed, unless it exists already.
+        """Save a checkpoint of the last update, to resume the run for more steps, unless the newest one is its own.
 
         If it cannot be written, for example to a full disk, only tell the user.
         """
@@ -428,9 +445,11 @@ class Loop:
             self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
 
     def save(self) -> None:
-        """Save a checkpoint of the current update in the run folder.
+        """Save a checkpoint of the current update in the run folder, and delete all but the newest `settings.keep`.
 
-        The folder is then kept even if the run fails later, see `Run.keep`.
+        Losses that are still on the device are read first. The folder is then kept even if the run fails later. The
+        tokens per second of the next line of metrics.jsonl count from here. Every rank must call this. Raise `OSError`
+        if the checkpoint cannot be written, and `ValueError` if too many updates in a row were skipped.
         """
         world = self.engine.world
         self._settle()

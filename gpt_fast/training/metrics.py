@@ -24,8 +24,10 @@ LONGEST_SPAN = 30  # tokens, as in the code of BERT
 def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
     """Return the mean loss in nats per predicted token over `batches`, which the ranks of `world` divide among them.
 
-    FSDP needs all ranks to call the model equally often. So a rank that has no batch left evaluates the first batch
-    again, with weight 0. Without `world`, one process evaluates all batches.
+    The model runs in evaluation mode, without gradients, and each batch counts by its `weight`. Every rank must call
+    this with all batches, and gets the same result. FSDP needs all ranks to call the model equally often. So a rank
+    that has no batch left evaluates the first batch again, with weight 0. Without `world`, one process evaluates all
+    batches. Raise `ZeroDivisionError` if there are no batches, or all have weight 0.
     """
     world = world or World()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -41,9 +43,10 @@ def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = No
 
 
 def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
-    """Return the logits [N, K] of a head with K classes for N examples, or the values [N, 1] of a regression head.
+    """Return the logits [N, K] of a head with K classes or choices for N examples, or a regression's values [N, 1].
 
-    The result is float32 on the CPU. Examples are padded with `pad_token` into batches of `batch_size`.
+    The result is float32 on the CPU, in the order of `examples`, of which there has to be one or more. Examples are
+    padded with `pad_token` into batches of `batch_size`. The model runs in evaluation mode, without gradients.
     """
     logits = []
     device = next(model.parameters()).device
@@ -55,11 +58,11 @@ def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, b
 
 
 def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> list[Tensor]:
-    """Return the logits of each example, float32 on the CPU, without those of padding.
+    """Return a tensor of logits for each example, in order, float32 on the CPU, without the logits of padding.
 
-    For an example of T tokens they are [T, K] from a `GPTForTokenClassification` with K classes, and [2, T] from a
-    `GPTForQuestionAnswering`: the scores of each token as the first and as the last of the answer. Examples are padded
-    with `pad_token` into batches of `batch_size`.
+    The model runs in evaluation mode, without gradients. For an example of T tokens they are [T, K] from a
+    `GPTForTokenClassification` with K classes. From a `GPTForQuestionAnswering` they are [2, T]: the scores of each
+    token as the first and as the last of the answer. Examples are padded with `pad_token` into batches of `batch_size`.
     """
     found: list[Tensor] = []
     device = next(model.parameters()).device
@@ -78,9 +81,9 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     """Return the metrics of a task in which a row may have several classes, and of a baseline.
 
     `logits` are [N, K]; a logit above 0 predicts its class. `labels` [N, K] hold 1 for each class of a row and 0 for
-    every other. The keys are "loss", "accuracy" (the share of rows with all classes right), "macro_f1", "micro_f1" and
-    "examples". "majority_accuracy" and "majority_macro_f1" are the same metrics of a baseline that always answers the
-    commonest row of `labels`.
+    every other. The keys are "loss" (the mean binary cross-entropy), "accuracy" (the share of rows with all classes
+    right), "macro_f1", "micro_f1" and "examples" (N). "majority_accuracy" and "majority_macro_f1" are the same metrics
+    of a baseline that always answers the commonest row of `labels`.
     """
     from torchmetrics.classification import MultilabelF1Score
 
@@ -102,10 +105,11 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequence[str]) -> Metrics:
     """Return the metrics of a tagger over all tagged words of all rows.
 
-    The keys are "loss", "accuracy", "macro_f1", "micro_f1", "matthews", "majority_accuracy" and "majority_macro_f1", as
-    in `classification_metrics`, and "words" and "examples", the numbers of tagged words and of rows. If all names are
-    O, B-X or I-X, "entity_f1" is added: the F1 of whole entities. `logits` are [T, K] for each row of T tokens, and
-    `row.tags` is the class of each token, or -100 where none counts. `names` are the names of the K classes.
+    The keys are "loss" (the mean cross-entropy), "accuracy", "macro_f1", "micro_f1", "matthews" (Matthews'
+    correlation), and "words" and "examples", the numbers of tagged words and of rows. "majority_accuracy" and
+    "majority_macro_f1" are the metrics of always answering the commonest tag. If all names are O, B-X or I-X,
+    "entity_f1" is added: the F1 of whole entities. `logits` are [T, K] for each row of T tokens, and `row.tags` is the
+    class of each token, or -100 where none counts. `names` are the names of the K classes.
     """
     tags = [torch.tensor(row.tags) for row in rows]
     counted = [(scores[which != IGNORE], which[which != IGNORE]) for scores, which in zip(logits, tags, strict=True)]
@@ -123,8 +127,8 @@ def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequen
 def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
     """Return (first word, last word, kind) of each entity that the tags of one sequence of words mark.
 
-    The tag B-X begins an entity of kind X, I-X continues one, and O is outside of any. An I-X that does not follow an
-    entity of kind X begins one, as in CoNLL's own script.
+    Words are counted from 0. The tag B-X begins an entity of kind X, I-X continues one, and O is outside of any. An I-X
+    that does not follow a word of an entity of kind X begins one, as in CoNLL's own script.
     """
     found: list[tuple[int, int, str]] = []
     before = ""
@@ -141,9 +145,10 @@ def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
 def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
     """Return "loss", "exact_match", "word_f1" and "examples" of a model that finds the span of an answer in a text.
 
-    `logits` are [2, T] for each row: the scores of each token as the first and as the last of the answer. The loss is
-    the mean over the rows whose answer was not cut off, NaN if there are none. Exact match and the F1 of words are
-    means over all rows, in [0, 1].
+    `logits` are [2, T] for each row: the scores of each token as the first and as the last of the answer. `row.target`
+    is the first and last position of the answer, twice -100 if it was cut off, and `row.context` has the text and the
+    answer. The loss is the mean cross-entropy over the rows whose answer was not cut off, NaN if there are none. Exact
+    match and the F1 of words are means over all rows, in [0, 1].
     """
     losses = []
     for scores, row in zip(logits, rows, strict=True):
@@ -160,10 +165,11 @@ def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
 
 
 def span_text(logits: Tensor, row: Example) -> str:
-    """Return the likeliest answer of at most `LONGEST_SPAN` tokens, as a part of the row's text.
+    """Return the likeliest answer of at most `LONGEST_SPAN` (30) tokens, as a part of the row's text.
 
-    `logits` [2, T] are the scores of each token as the first and as the last of the answer. The result is "" if no span
-    scores higher than the last token, which stands for "no answer".
+    `logits` [2, T] are the scores of each token as the first and as the last of the answer. A span scores the sum of
+    its two. The result is "" if the best span scores less than the last token, which stands for "no answer", or if the
+    row has no token of the text. Spaces at both ends are dropped. `row.context` must not be None.
     """
     context = row.context
     assert context is not None
@@ -183,9 +189,9 @@ def span_text(logits: Tensor, row: Example) -> str:
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     """Return the metrics of a classifier for `logits` [N, K] and classes `labels` [N], and of a baseline.
 
-    The keys are "loss", "accuracy", "macro_f1", "micro_f1", "matthews" (see `matthews`) and "examples".
-    "majority_accuracy" and "majority_macro_f1" are the same metrics of a baseline that always answers the commonest
-    label; no constant answer has higher ones.
+    `labels` are int64. The keys are "loss" (the mean cross-entropy), "accuracy", "macro_f1", "micro_f1", "matthews"
+    (Matthews' correlation) and "examples" (N). "majority_accuracy" and "majority_macro_f1" are the same metrics of a
+    baseline that always answers the commonest label; no constant answer has higher ones.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -225,10 +231,11 @@ def matthews(counts: Tensor) -> float:
 
 
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
-    """Return "mse", "pearson" and "spearman" of `values` [N] against `targets` [N], "mean_mse" and "examples".
+    """Return {"mse", "mean_mse", "examples", "pearson", "spearman"} of `values` [N] against `targets` [N].
 
-    "mean_mse" is the baseline: the error of always answering the mean of `targets`, which is their variance. The two
-    correlations are missing if there is one row, or if all values or all targets are equal.
+    "mse" is the mean squared error, and "examples" is N. "mean_mse" is the baseline: the error of always answering the
+    mean of `targets`, which is their variance. The two correlations, "pearson" and "spearman", are missing if there is
+    one row, or if all values or all targets are equal.
     """
     from torchmetrics import MeanSquaredError, PearsonCorrCoef
     from torchmetrics.functional import spearman_corrcoef
@@ -247,8 +254,8 @@ def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
 def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metrics:
     """Return "loss", "perplexity", "bits_per_byte" and "examples" of answers that a language model is to write.
 
-    `loss` is in nats per token. All expected answers together have `tokens` tokens, their end tokens included, and
-    `size` bytes.
+    `loss` is the mean in nats per token, and "perplexity" is exp(`loss`). All expected answers together have `tokens`
+    tokens, their end tokens included, and `size` bytes. `examples`, their number, is returned as it is.
     """
     return {
         "loss": loss,
@@ -261,8 +268,8 @@ def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metric
 def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
     """Return {"exact_match", "word_f1"}: how well the texts `answers` agree with the texts `wanted`, in [0, 1].
 
-    Both are means over the pairs. As in SQuAD, case, articles and punctuation do not count. Where the wanted text is
-    empty, an empty answer counts 1 and any other 0.
+    Both are means over the pairs, of which there has to be one or more. As in SQuAD, case, articles and punctuation do
+    not count. Where the text in `wanted` is empty or blank, an empty or blank answer counts 1 and any other 0.
     """
     from torchmetrics.text import SQuAD
 
@@ -284,5 +291,5 @@ def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(`loss`) for a loss in nats per token, or infinity for a loss of 700 or more, which would overflow."""
+    """Return exp(`loss`) for a loss in nats per token, or infinity if it is 700 or more, which may overflow, or NaN."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -26,8 +26,8 @@ TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
 def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: str, path: Path) -> None:
     """Plot training and validation loss over the updates, with a line at `entropy`, and write a PNG to `path`.
 
-    `metrics` holds the lines of a run's metrics.jsonl. `entropy` is the unigram entropy of the held-out text, the loss
-    of a model that knows the frequency of each token alone.
+    `metrics` holds the lines of a run's metrics.jsonl; at least one has "train_loss" and one "valid_loss". `entropy` is
+    the unigram entropy of the held-out text, the loss of a model that knows the frequency of each token alone.
     """
     with _picture(path, 7.5, 4.6) as figure:
         axes = figure.add_subplot()
@@ -59,8 +59,8 @@ def plot_task(
 def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
     """Plot a confusion matrix, with the true classes as rows and the predicted classes as columns, as a PNG at `path`.
 
-    `counts[i][j]` is the number of examples of class i that the model took for class j. The colour of a cell is its
-    share of the row. For at most 30 classes, the count is written in the cell.
+    `counts[i][j]` is the number of examples of class i that the model took for class j. `names` are the names of the
+    classes. The colour of a cell is its share of the row. For at most 30 classes, the count is written in the cell.
     """
     K = len(names)
     size = min(16.0, 3.0 + 0.45 * K)
@@ -85,7 +85,8 @@ def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, pa
 def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
     """Plot the metric `field` of several runs over the updates, a coloured curve for each run, as a PNG at `path`.
 
-    `runs` has for each run its name and the lines of its metrics.jsonl.
+    `runs` has for each run (name, lines of its metrics.jsonl), and each run has at least one line with `field`. Colours
+    repeat after ten runs.
     """
     with _picture(path, 8, 5) as figure:
         axes = figure.add_subplot()
@@ -96,9 +97,10 @@ def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, pa
 
 
 def shown(text: str, width: int) -> str:
-    """Return `text` as a picture shows it: on one line, its middle left out beyond `width` characters.
+    """Return `text` as a picture shows it: on one line, of at most `width` characters (an even number).
 
-    Characters that no font draws (controls, halves of surrogate pairs) become U+FFFD.
+    Each run of white space becomes one space. In a longer text, "…" stands for the middle. Characters that no font
+    draws (controls, halves of surrogate pairs) become U+FFFD.
     """
     text = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     half = width // 2
@@ -109,8 +111,10 @@ def shown(text: str, width: int) -> str:
 def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of `width` by `height` inches to draw in, then write it as a PNG that replaces `path` atomically.
 
-    Labels are plain text: matplotlib would take a label with two `$` for mathematics, and raise an error if it does not
-    parse. The font lacks many scripts, and a box in place of a letter needs no warning.
+    The folder of `path` is made if it does not exist. If the block raises, nothing is written. Raise `OSError` if the
+    file cannot be written. Labels are plain text: matplotlib would take a label with two `$` for mathematics, and raise
+    an error if it does not parse. The font lacks many scripts, and a box in place of a letter needs no warning, so user
+    warnings are silenced in the block.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -129,9 +133,9 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:
-    """Draw `field` over "step" for the lines of `metrics` that have it, which have to be one or more.
+    """Draw `field` over "step" in `axes` for the lines of `metrics` that have it, of which there must be one or more.
 
-    The legend shows `label` and the last value. `marker` is a matplotlib marker for the points.
+    The legend shows `label` and the last value. `marker` is a matplotlib marker for the points, "" for none.
     """
     points = [(line["step"], line[field]) for line in metrics if field in line]
     steps, values = zip(*points, strict=True)
@@ -141,12 +145,16 @@ def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, 
 
 
 def _baseline(axes: Axes, value: float, label: str) -> None:
-    """Draw a dashed horizontal line at `value`, which the legend calls `label`."""
+    """Draw a dashed horizontal line at `value` in `axes`, which the legend calls `label`."""
     axes.axhline(value, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
-    """Set the title, the axes' labels, the grid and the legend of a plot. `unit` labels the vertical axis."""
+    """Set the title, the axes' labels, the grid and the legend of a plot, after its lines were drawn.
+
+    `unit` labels the vertical axis; the horizontal one shows updates from 0 on. A title of more than 70 characters
+    loses its middle.
+    """
     axes.set_title(shown(title, 70), loc="left", fontsize=11)
     axes.set_xlabel("updates")
     axes.set_ylabel(unit)

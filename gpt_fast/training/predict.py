@@ -38,7 +38,7 @@ class Prediction:
     def columns(self) -> Row:
         """Return the columns that the prediction adds to a row of a table, as a dict.
 
-        They are "prediction" and, if the answer is one class, "probability", that of the class.
+        They are "prediction", the answer, and, if the answer is exactly one class, "probability", that of the class.
         """
         if self.probabilities is None or self.answer not in self.probabilities:
             return {"prediction": self.answer}
@@ -59,9 +59,10 @@ def predict(
 
     The run is in `folder`. The rows are those of the table `data`, or else one row made of `texts`: the text, then its
     pair or its choices. `text_column` and `pair_column` (of the second text or of the choices) are those of the
-    training if they are None. `options` say how to read the table. A model that answers in text writes at most
-    `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError` for a run
-    without a task.
+    training if they are None. `options` say how to read the table. `device` is "cpu" or "cuda". A model that answers in
+    text writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Warn about
+    rows that may have been cut off or are empty. Raise `FileNotFoundError` if `folder` holds no run. Raise `ValueError`
+    for a run without a task, for a `max_new_tokens` where no text is written, and for rows that do not fit the task.
     """
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
@@ -85,8 +86,8 @@ def predict(
 def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> Table:
     """Return a table of one row without a label: the first of `texts` is its text, the rest its pair or choices.
 
-    Raise `ValueError` for another number of texts than the task reads. In multiple choice, that is one for each of
-    `names`, the letters of the choices.
+    Raise `ValueError` unless there is one further text for each pair column of the task. In multiple choice, there has
+    to be one for each of `names`, the letters of the choices. Other tasks ignore `names`.
     """
     choices = task.name == "multiple-choice"
     pairs, wanted = len(texts) - 1, len(names) if choices else len(task.pair_columns)
@@ -102,10 +103,12 @@ def answer(
 ) -> list[Prediction]:
     """Return a `Prediction` for each row of `table`, in order, by `model`.
 
-    `folder` is the model's run folder, from which the tokenizer is read. `names` are the names of the task's classes. A
-    model that answers in text writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that
-    is less; raise `ValueError` unless `max_new_tokens` is from 1 to the number of positions less 5. Warn about rows
-    that may have been cut off or are empty.
+    By the task, its `answer` is a class, a number, a text, a tag for each word (with spaces between them), or a set:
+    the classes with a probability above 0.5, with commas between them. Classes and sets also have the probability of
+    each class, the largest first. `folder` is the model's run folder, from which the tokenizer is read. `task` says
+    what the model answers, and `names` are the names of its classes. A model that answers in text writes at most
+    `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError` unless this
+    number is from 1 to the number of positions less 5. Warn about rows that may have been cut off or are empty.
     """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):
@@ -146,7 +149,7 @@ def _counted(row: Example) -> Tensor:
 
 
 def _warn(found: Sequence[str]) -> None:
-    """Issue each remark in `found` as a warning."""
+    """Issue each remark in `found` as a `UserWarning`, in the name of the caller's caller."""
     for remark in found:
         warnings.warn(remark, stacklevel=3)
 
@@ -154,8 +157,9 @@ def _warn(found: Sequence[str]) -> None:
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
     """Raise `ValueError` if the predictions for the file `data` cannot be written to `out`. Nothing is written.
 
-    The name of `out` has to end in a format of tables, and no row of `data` may have a column "prediction" or
-    "probability". All rows of `data` are read, with `options`.
+    The name of `out` has to end in .csv, .tsv or .jsonl, and not be that of a folder. No row of `data` may have a
+    column "prediction" or "probability". All rows of `data` are read, with `options`, and a damaged file is an error.
+    Raise `FileNotFoundError` if `data` does not exist.
     """
     written_kind(out)
     for place, row in read_rows(data, options):
@@ -169,7 +173,9 @@ def write_predictions(
     """Write to `out` the rows of the file `data` that `table` was read from, with a column "prediction" added to each.
 
     `found` holds one prediction for each row of `table`, in order. A prediction of one class adds a column
-    "probability" too. A column of the same name is replaced. `options` are those with which `table` was read.
+    "probability" too. A column of the same name is replaced. Rows of `data` that `table` has left out are left out of
+    `out`, too. `options` are those with which `table` was read. The ending of `out`, .csv, .tsv or .jsonl, decides the
+    format.
     """
     read = set(table.places)  # a row without a usual number of choices may have been skipped
     rows = [row for place, row in read_rows(data, options) if place in read]

@@ -42,8 +42,10 @@ SMALL_SIZES: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "hidden_dim": 12
 def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a language model and write its run folder. Return the run's record, the content of run.json.
 
-    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user. `stop`
-    tells whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
+    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user, both on
+    rank 0 only. `stop` tells whether a signal has asked the run to end. With --resume, a finished run that is not asked
+    for more steps is left as it is. Raise `ValueError` for settings that contradict each other, and for data or a
+    folder that do not fit them.
     """
     with wrong_on_every_rank():
         check(settings)
@@ -53,10 +55,10 @@ def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None
 def check(settings: PretrainSettings) -> None:
     """Raise `ValueError` for settings that are wrong whatever the training text is, which is not read.
 
-    These are: a batch size that micro-batches and ranks do not divide; more warmup than steps; --graph with options
-    that it does not allow; unknown names; sizes that do not fit each other or the memory; --from beside --preset,
-    --layers, --heads, --dim or --tokenizer; and pipes as --data of a run that is resumed. Raise `FileNotFoundError` if
-    the folder of --from holds no run.
+    These are: a batch size that micro-batches and ranks do not divide; more warmup than steps, except with --resume;
+    --graph with options that it does not allow; an unknown preset or tokenizer; and pipes as --data of a run that is
+    resumed. With --from, they are --preset, --layers, --heads, --dim and --tokenizer. Without it, they are sizes that
+    do not fit each other or the memory. Raise `FileNotFoundError` if the folder of --from holds no run.
     """
     if settings.resume:
         _refuse_pipes(settings)
@@ -77,7 +79,11 @@ def check(settings: PretrainSettings) -> None:
 
 
 def _check_names(settings: PretrainSettings) -> None:
-    """Raise `ValueError` for an unknown preset or tokenizer, and if the heads do not divide the hidden dimension."""
+    """Raise `ValueError` for an unknown preset or tokenizer, and if the heads do not divide the hidden dimension.
+
+    Heads and dimension are those in `settings`, else the preset's, else a small model's (4 and 128). With --from they
+    are not compared.
+    """
     preset, tokenizer = settings.preset, settings.tokenizer
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
@@ -122,10 +128,11 @@ def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
 
 
 def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
-    """Raise `ValueError` if the model, or one micro-batch of it, cannot fit into the memory of this machine.
+    """Raise `ValueError` if the model with one micro-batch cannot fit into the available memory of this machine.
 
-    The estimate counts only what is certainly needed, in float32. On a CPU these are weights, gradients, two moments
-    and the input of each block. On a GPU, and with FSDP, these are the weights alone.
+    `config` is the configuration of the model. The estimate counts only what is certainly needed, in float32. On a CPU
+    these are weights, gradients, two moments and the input of each block. On a GPU, and with FSDP, these are the
+    weights alone.
     """
     on_cpu = resolve_device(settings.device) == "cpu" and settings.strategy != "fsdp"
     numbers = (4 if on_cpu else 1) * config.trunk_parameters()
@@ -143,7 +150,9 @@ def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
 def _pretrain(session: Session[PretrainSettings]) -> Record:
     """Pre-train a language model, as a `Session` asks: read the data, make the model, train, write the run folder.
 
-    Return the run's record, the content of run.json.
+    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Settings that
+    are None take the preset's values, or those of the run of --from. Return the run's record, the content of run.json.
+    Raise `ValueError` if the data is too small or does not fit the settings.
     """
     run, ranks, say = session.run, session.ranks, session.say
     if run.kept:  # the command may have omitted what the run began with
@@ -230,7 +239,7 @@ def _refuse_pipes(settings: PretrainSettings) -> None:
 
 
 def _tokenizer_name(settings: PretrainSettings, folder: Path, resumed: bool) -> str | None:
-    """Return where the run's tokenizer comes from: a path, "bpe", "byte" or "char", or None if the user names none.
+    """Return where the run's tokenizer comes from: a path as text, "bpe", "byte" or "char", or None for the default.
 
     It is the run's own `folder` for a resumed run, else the folder of --from, else the value of --tokenizer.
     """
@@ -243,7 +252,11 @@ def _bpe_size(settings: PretrainSettings) -> int:
 
 
 def draw(folder: Path, record: Record, path: Path) -> None:
-    """Plot the losses of the run in `folder` as a PNG at `path`. `record` is the content of its run.json."""
+    """Plot training and validation loss of the run in `folder` over the updates, as a PNG at `path`.
+
+    The curves are read from metrics.jsonl. `record`, the content of run.json, gives the title and "unigram_entropy",
+    which is drawn as a line.
+    """
     title = f"Pre-training ({record['objective']}): {record['data']}"
     plot_language_model(read_metrics(folder), record["unigram_entropy"], title, path)
 
@@ -251,8 +264,9 @@ def draw(folder: Path, record: Record, path: Path) -> None:
 def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
     """Return the model to train, with the head for the objective --objective.
 
-    It has new weights and the vocabulary of `tokenizer`, or with --from the weights of that run's trunk and output
-    layer. Raise `ValueError` if --seq-len differs from the positions of the run of --from.
+    It has new weights and the vocabulary of `tokenizer`, or with --from the weights and sizes of that run. Such a model
+    gets embeddings for special tokens of `tokenizer` that it lacks, and --dropout replaces its three dropout rates.
+    Raise `ValueError` if --seq-len differs from the positions of the run of --from.
     """
     head = OBJECTIVES[settings.objective]
     if settings.source is None:
@@ -270,8 +284,9 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
     """Return the configuration of the preset with the sizes that the user gave in `settings`.
 
-    `num_tokens` is the vocabulary size, and `tokens` are the ids of special tokens by their field of `GPTConfig`.
-    Without a preset, the result is GPT-2's block in a size that trains in minutes on a CPU.
+    `num_tokens` is the vocabulary size, and `tokens` are the ids of special tokens by their field of `GPTConfig`, such
+    as `start_token`. Without a preset, the result is a GPT-2 of 4 layers, 4 heads, 128 dimensions and 128 positions,
+    without dropout, unless `settings` give these.
     """
     given = {
         "num_layers": settings.layers,
@@ -290,9 +305,10 @@ def validation_batches(
 ) -> list[Batch]:
     """Take at most 128 windows of `valid` and return them in batches. Windows and masks are the same in every call.
 
-    A window has `seq_len` tokens, and a batch at most `batch_size` windows. `mask` hides tokens, as `masker` returns
-    it, or is None for next-token prediction. If `document_token`, the id that begins a document, is given, the windows
-    of a batch are packed into one row, in which attention does not cross documents.
+    The windows are evenly spaced over the stream. A window has `seq_len` tokens, and a batch at most `batch_size`
+    windows. `mask(tokens, generator)` hides tokens and returns (inputs, labels); it is None for next-token prediction.
+    If `document_token`, the id that begins a document, is given, the windows of a batch are packed into one row, in
+    which attention does not cross documents. Raise `ValueError` if the stream is shorter than a window.
     """
     windows: Tensor = lm_windows(valid, seq_len, VALID_WINDOWS)
     generator = torch.Generator().manual_seed(0)
@@ -300,7 +316,10 @@ def validation_batches(
 
 
 def validation(model: Head, batches: list[Batch], ranks: World) -> Metrics:
-    """Return {"valid_loss": loss}, the mean loss in nats per predicted token over `batches`, which the ranks divide."""
+    """Return {"valid_loss": loss}, the mean loss in nats per predicted token over `batches`.
+
+    The ranks divide the batches among them, so every rank must call this. All get the same result.
+    """
     return {"valid_loss": lm_loss(model, batches, ranks)}
 
 

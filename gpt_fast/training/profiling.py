@@ -16,8 +16,9 @@ WAIT, WARMUP, ACTIVE = 5, 2, 3  # updates that pass first, that warm the profile
 def trace(folder: Path, updates: int, say: Callable[[str], None]) -> profiler.profile:
     """Return a profiler that writes `profile.json` into `folder`. Call its `step` after each of `updates` updates.
 
-    It records three updates after the first seven. If there are fewer than ten updates, it records the last three, or
-    all if there are fewer. `say` gets one line when the file is written.
+    The profiler is a context manager, which has to be entered. It records three updates after the first seven. If there
+    are fewer than ten updates, it records the last three, or all if there are fewer than three. `say` gets one line
+    when the file is written. A file that cannot be written is only a warning. `updates` is 1 or more.
     """
     active = min(ACTIVE, updates)
     warmup = min(WARMUP, updates - active)

@@ -59,7 +59,7 @@ class Session(Generic[S]):
     stop: Stop
 
     def make_model(self, make: Callable[[], Head]) -> Head:
-        """Return the model that `make()` returns, on this rank's device.
+        """Seed torch's generators, and return the model that `make()` returns, on this rank's device.
 
         Every rank draws the same weights from the run's seed. Random numbers that are drawn later, as for dropout,
         differ from rank to rank.
@@ -91,15 +91,18 @@ class Session(Generic[S]):
     ) -> Loop:
         """Return the training loop, at its beginning or at the checkpoint that it resumes from.
 
-        A new run's folder gets its settings, tokenizer and configuration. `source(step)` returns this rank's
-        micro-batches of an update, counted from 0. `validate()` returns the metrics of a validation, of which a run has
-        about `validations` unless `valid_every` sets the updates between them. `schedule(step)` returns the factor of
-        `lr` in an update, counted from 0, and `steps` is the number of updates. `identity` describes the data, and a
-        run resumes only if it is the same. `record` holds the entries of run.json that are known before the training;
-        every checkpoint has them, for readers of a stopped run. `better(metrics)` returns a key that is larger for a
-        better model; `save_best(model, folder)` then saves the best model, and `patience` is how many validations in a
-        row may be no better. With `flops_per_token`, which returns the FLOPs of a token's forward and backward pass,
-        the loop logs the MFU.
+        Rank 0 writes the settings, the `tokenizer` and the configuration of `model` into the folder of a new run.
+        `source(step)` returns this rank's micro-batches of update `step`, counted from 0. `validate()` returns the
+        metrics of a validation. A run has about `validations` of them, unless `valid_every` sets the updates between
+        two. `steps` is the number of updates, `lr` the peak learning rate, and `schedule(step)` its factor in update
+        `step`, counted from 0. `identity` describes the data as JSON values; a run resumes only if it is the same.
+        `record` holds the entries of run.json that are known before the training. Every checkpoint has them, for
+        readers of a stopped run.
+
+        `better(metrics)` returns a key that is larger for a better model. `save_best(model, folder)` then saves the
+        best model, and training ends early after `patience` validations in a row that were no better. Without `better`,
+        no best model is saved. With `flops_per_token`, which returns the FLOPs of a token's forward and backward pass,
+        the loop logs the MFU, the share of the device's peak rate. Raise `ValueError` if the run cannot be resumed.
         """
         settings, run, ranks = self.settings, self.run, self.ranks
         engine = Engine(model, lr, EngineSettings.of(settings), ranks)
@@ -132,11 +135,11 @@ class Session(Generic[S]):
         return loop
 
     def facts(self, loop: Loop) -> Record:
-        """Return the entries that run.json has after every training.
+        """Return the entries that run.json has after every training, of which `loop` is the finished one.
 
         They are the settings "batch_size", "seed", "device", "precision", "optimizer" and "schedule"; "torch", its
-        version; "seconds", spent in updates; "skipped" and "spikes", numbers of updates; "ranks"; and "strategy" if
-        there are several ranks.
+        version; "seconds", spent in updates; "skipped" and "spikes", numbers of updates; "ranks", their number; and
+        "strategy" if there are several ranks.
         """
         settings = self.settings
         return {
@@ -160,11 +163,13 @@ class Session(Generic[S]):
         measure: Callable[[], Record] = dict,
         write: Callable[[Path], Path] | None = None,
     ) -> None:
-        """Write the weights, then run.json, which marks the folder as finished, then the pictures. Delete best/.
+        """Write the weights, then run.json, which marks the folder as finished, delete best/, then write the pictures.
 
-        run.json holds `record`, the result of `measure`, which is called when the weights are on disk, and the size and
-        SHA-256 of the weights. `pictures` maps the name of a file to a function that draws it at a path; one that fails
-        is a warning. `write(folder)`, if given, writes other weights than those of `model` and returns their path.
+        The weights are those of `model`, in model.safetensors. If `write` is given, `write(folder)` writes others in
+        their place and returns their path. `record` gets the entries of the dict that `measure()` returns when the
+        weights are on disk, and "weights", {"bytes", "sha256"} of their file. It is changed in place, then written to
+        run.json, with null for numbers that are not finite. `pictures` maps the name of a file to a function that draws
+        it at a path. A picture that fails is a warning. Only rank 0 calls this.
         """
         folder = self.run.folder
         path = folder / "model.safetensors"
@@ -183,10 +188,12 @@ class Session(Generic[S]):
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
     """Call `body` with the `Session` of a training, which writes to the run folder `settings.out`.
 
-    Return the record that `body` returns, the content of run.json. With --resume, return at once the record of a run
-    that is finished and is not asked for more steps. `show(progress)`, called after each update, and `say(line)` are
-    called on rank 0 only. `stop` tells whether a signal has asked the run to end. Raise `ValueError` if the folder or
-    the settings do not allow the training.
+    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Return the
+    record that `body` returns, the content of run.json. With --resume, return at once the record of a run that is
+    finished and is not asked for more steps or epochs. `show(progress)` is called after each update, and `say(line)`
+    with lines for the user, both on rank 0 only. `stop` tells whether a signal has asked the run to end; None stands
+    for no signals. If `body` raises before a checkpoint is written, the new folder is deleted. Raise `ValueError` or
+    `FileExistsError` if the folder or the settings do not allow the training.
     """
     out = settings.out
     trackers.require(settings.tracker)
@@ -223,10 +230,12 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
 def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
     """Return the `Session` of a training on one rank, with the settings that the run in `run` is trained with.
 
-    A run that is resumed, because its folder has a checkpoint, keeps the settings that it began with; options that the
-    user gives again have to agree, and else a `ValueError` is raised. If they ask for more steps, the run folder is
-    opened again for them. `ranks` is the world of all ranks as this rank sees it. `show`, `say` and `stop` are those of
-    `train`.
+    A run that is resumed, because its folder has a checkpoint, keeps the settings that it began with. Options in
+    `settings` that the user gives again have to agree, unless their declaration lets them change. If they ask for more
+    steps or epochs, rank 0 saves the new number in the run folder, and makes a finished run a stopped one. `ranks` is
+    the world of all ranks as this rank sees it. `show`, `say` and `stop` are put into the session: called after each
+    update, called with lines for the user, and the flag for signals. Raise `OptionError`, a `ValueError`, for options
+    that do not agree with the run or each other.
     """
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
@@ -259,4 +268,4 @@ def check_optimizer(settings: TrainingSettings) -> None:
 
 
 def ignore(_: object) -> None:
-    """Do nothing. Ranks other than 0, which print nothing, have this function in place of `show` and `say`."""
+    """Do nothing with the argument. Ranks other than 0, which print nothing, call this in place of `show` and `say`."""

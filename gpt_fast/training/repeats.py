@@ -18,17 +18,18 @@ SUMMARY = "repeats.json"
 
 
 def is_repeated(settings: FinetuneSettings) -> bool:
-    """Return True if the settings ask for several runs: by --seeds, or by --folds without --fold."""
+    """Return True if the settings ask for runs in folders of their own: by --seeds, or by --folds without --fold."""
     return settings.seeds is not None or (settings.folds is not None and settings.fold is None)
 
 
 def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train several runs, each into a folder of its own inside `settings.out`, and write repeats.json there.
 
-    Return the content of that file: "runs", the folders, and "metrics", {metric: {"mean", "sd", "min", "max",
-    "values"}} over the runs, see `spread`. `show(progress)` is called after each update, and `say(line)` with lines for
-    the user. `stop` tells whether a signal has asked the training to end. With --resume, finished runs stay as they
-    are, and all others are trained or resumed. Raise `FileExistsError` if `settings.out` is itself a run.
+    There is a run for each pair of a seed and a fold. Return the content of repeats.json: "runs", the folders, and
+    "metrics", {metric: {"mean", "sd", "min", "max", "values"}} over the runs. `show(progress)` is called after each
+    update, and `say(line)` with lines for the user. `stop` tells whether a signal has asked the training to end. After
+    a signal, `Interrupted` is raised, and no repeats.json is written. With --resume, finished runs stay as they are,
+    and all others are trained or resumed. Raise `FileExistsError` if `settings.out` is itself a run.
     """
     if (settings.out / "config.json").exists():
         raise FileExistsError(f"--out {settings.out}: is a run; expected a folder to hold several")
@@ -53,8 +54,10 @@ def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None =
 def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, changes) for each of several runs: the name of its folder, and how it differs from `settings`.
 
-    `changes` are the run's values of "seed" and "fold" (None without folds), and None for "seeds". There is a run for
-    each pair of a seed and a fold.
+    There is a run for each pair of a seed and a fold. Seeds count up from `settings.seed`; folds are all from 1 to
+    `settings.folds`, or `settings.fold` alone if it is given. `changes` are the run's values of "seed" and "fold" (None
+    without folds), and None for "seeds". A name is "seed-0", "fold-1" or "seed-0-fold-1", for example: it has the seed
+    with --seeds, and the fold if there are several.
     """
     seeds = range(settings.seed, settings.seed + (settings.seeds or 1))
     folds = [settings.fold] if settings.folds is None or settings.fold else list(range(1, settings.folds + 1))
@@ -67,10 +70,11 @@ def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
 
 
 def spread(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return how each validation metric varies over `records`, the records of several finished runs.
+    """Return how each validation metric varies over `records`, the contents of run.json of one or more finished runs.
 
-    The value for a metric, which is named without "valid_", is {"mean", "sd", "min", "max", "values"}; "sd" is the
-    standard deviation of a sample. Metrics that not all runs have measured are left out.
+    The value for a metric, which is named without "valid_", is {"mean", "sd", "min", "max", "values"}. "values" has one
+    number for each run, and "sd" is the standard deviation of a sample, 0 for one run. Metrics that not all runs have
+    measured are left out.
     """
     names = [name for name in records[0] if name.startswith("valid_") and name != "valid_rows"]
     found = {}

@@ -35,8 +35,9 @@ PLAIN = RowOptions()
 def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, options: RowOptions = PLAIN) -> Table:
     """Return the table in the file at `path`: the columns that `task` names, the label column only if `labelled`.
 
-    `options` say how to read the file. Raise `ValueError`, with advice on the options, if a column is missing. In
-    multiple choice, `options.skip_ragged` also skips rows with another number of choices than most rows have.
+    `options` say how to read the file. Rows with one of the task's `skip_labels` are skipped. In multiple choice,
+    `options.skip_ragged` also skips rows with another number of choices than most rows have. Raise `ValueError`, with
+    advice on the options, if a column is missing, and for a file that is no valid table.
     """
     columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
     if labelled:
@@ -58,7 +59,10 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
 
 
 def _without_ragged(table: Table) -> Table:
-    """Return the table without the rows that have another number of choices than most rows. A note tells how many."""
+    """Return the table without the rows that have another number of choices than most rows.
+
+    A note in the new table tells how many were skipped, and where. If there are none, `table` itself is returned.
+    """
     counts = Counter(map(len, table.more))
     usual = counts.most_common(1)[0][0]
     ragged = [table.place(row) for row, choices in enumerate(table.more) if len(choices) != usual]
@@ -72,7 +76,8 @@ def _without_ragged(table: Table) -> Table:
 def _advice(option: str, row: Row, path: Path) -> str:
     """Return advice for the user about a missing column: which options may help, as the end of a message.
 
-    `option` is the one that names the column, such as "--label-column". `row` is the first row of the file at `path`.
+    `option` is the one that names the column, such as "--label-column". `row` is a row of the file at `path`, a dict by
+    column. If it has one column, whose name holds a separator, the advice is about separators.
     """
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
@@ -93,9 +98,11 @@ def read_tables(
     """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
     The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
-    validation; or, with `fold` = (i, K), the i-th of K parts of the table, counted from 1. Without `train`, both tables
-    are snippets of the standard library. `options` say how to read the files. How labels are spelled and how they name
-    a choice is decided on all rows of `train`, see `_with_rule`. Raise `ValueError` if a table is missing or too small.
+    validation. With `fold` = (i, K), it is the i-th of K parts of the table, counted from 1. A row is not held out if
+    no row to train on has its class. Without `train`, both tables are snippets of the source of Python's standard
+    library, for the task "classification" alone. `options` say how to read the files. All rows of `train` decide how
+    their labels are spelled and name a choice. Raise `ValueError` if a table is missing or has too few rows to hold
+    some out, or if its columns or labels are not valid.
     """
     if train is None:
         if valid is not None:
@@ -127,9 +134,10 @@ def read_tables(
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
     """Return (table, task) of a training table: the table with its labels in one spelling, the task with `answers` set.
 
-    If a label is one class, all spellings of a class become its name, and a note says which were changed. For multiple
-    choice, `task.answers` becomes the way in which the labels name a choice: "text", "letters", "0" or "1" (see
-    `ANSWERS`). For any other task both are returned as they are.
+    If a label is one class, all spellings of a class, such as 1 and 1.0, become its name, and a note says which were
+    changed. For multiple choice, `task.answers` becomes the way in which the labels name a choice: "text" (by its
+    text), "letters", or a number that counts from "0" or "1". For any other task both are returned as they are. Raise
+    `ValueError` for labels that are not valid.
     """
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
@@ -146,7 +154,7 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
     """Return one line for the user about how the labels are read, or None if they are numbers or texts.
 
     It begins with "labels: ", or for multiple choice with "answers: ". `names` are the names of the classes, or of the
-    choices.
+    choices. For multiple choice, the result is None as long as `task.answers` is None.
     """
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
@@ -158,8 +166,9 @@ def _fold(
 ) -> tuple[list[int], list[int]]:
     """Return (held out, for training): the row numbers of fold `number` of `folds`, counted from 1, and all others.
 
-    `order` is a shuffled list of the table's row numbers. Each class is divided equally among the folds. Raise
-    `ValueError` if there are fewer rows than folds.
+    `order` is a shuffled list of the table's row numbers, from 0. If a label is one class, each class is divided as
+    equally as possible among the folds. The second list is sorted. Raise `ValueError` if there are fewer rows than
+    folds.
     """
     if len(table) < folds:
         raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
@@ -173,7 +182,8 @@ def _every_label_trained(
 ) -> tuple[list[int], list[int]]:
     """Return (held out, for training): `held` and `kept`, lists of row numbers, with every label in the second one.
 
-    Rows of `held` with a label that no row of `kept` has are moved to `kept`.
+    Rows of `held` with a label that no row of the second list has yet are moved to its end. The arguments are not
+    changed.
     """
     trained = {label for row in kept for label in _labels(table.labels[row], task)}
     left: list[int] = []
@@ -188,7 +198,8 @@ def _every_label_trained(
 def _labels(label: str, task: TaskSettings) -> list[str]:
     """Return the classes that `label`, a row's label as the table holds it, names.
 
-    They are one class, each class of a set (split at commas), or a tag for each word (split at spaces).
+    The task decides: the classes of a set (split at commas, none for an empty label), a tag for each word (split at
+    spaces), or for any other task `label` alone.
     """
     if task.kind == "set":
         return label.split(",") if label else []
@@ -198,9 +209,9 @@ def _labels(label: str, task: TaskSettings) -> list[str]:
 def label_names(table: Table, task: TaskSettings) -> list[str]:
     """Return the names of the classes of a training table, in order; for multiple choice, the letters of the choices.
 
-    The order is that of --labels if it is given, else that of `class_names`. The list is empty if the labels are
-    numbers or texts. Raise `ValueError` if there are fewer than two classes (one where a row has a set of classes) or
-    fewer than two choices.
+    The order is that of --labels if it is given. Else the classes are found in the table: numbers sorted by value, or
+    sorted texts. The list is empty if the labels are numbers or texts. Raise `ValueError` if there are fewer than two
+    classes (one where a row has a set of classes) or two choices. Also raise it if two labels may be one class.
     """
     if task.kind not in ("class", "set", "tags"):
         return []
@@ -229,9 +240,10 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
     """Return the target of each row, in order: the index of its class in `names`, or its number.
 
-    For a set of classes, the target is a list of 0 and 1, and for tags a list of class indices; for a text that is to
-    be written or found it is 0. A table without labels has zeros as its targets. Raise `ValueError` for a label that is
-    no class or number.
+    For a set of classes, the target is a list with 1.0 or 0.0 for each of `names`, and for tags a list of class
+    indices, one for each word. For multiple choice it is the index of the right choice, and `names` are the letters of
+    the choices. For a text that is to be written or found it is 0. A table without labels has zeros as its targets.
+    Raise `ValueError` for a label that is no class, choice or number.
     """
     if task.name == "multiple-choice":
         _check_choices(table, names)
@@ -256,9 +268,9 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]
 def _lists(table: Table, task: TaskSettings, names: Sequence[str]) -> list[list[float]]:
     """Return the target of each row of a task with several labels in a row.
 
-    For a set of classes, it is 1 for each class of `names` that the row has and 0 for every other. For tags, it is the
-    index of each word's class. A table without labels has zeros in their place. Raise `ValueError` for an unknown
-    label, and if there is not one tag for each word.
+    For a set of classes, it is a list with 1.0 for each class of `names` that the row has and 0.0 for every other. For
+    tags, it is a list of the index in `names` of each word's class. A table without labels has zeros in their place.
+    Raise `ValueError` for an unknown label, and if there is not one tag for each word.
     """
     words = [len(text.split()) for text in table.texts]
     if not table.labels:
@@ -295,11 +307,12 @@ def examples(
 ) -> list[Example]:
     """Return an `Example` for each row of a table: its token ids and its target.
 
-    An example has one sequence of token ids, both orders of a pair for similarity, or one sequence for each choice. A
-    sequence has at most `config.seq_len` - `room` tokens: longer texts are cut off. `room` positions are left for
-    tokens that a model in text will write. `names` are the names of the classes. If the table has no labels, the
-    targets are placeholders and the answers of a model in text are empty. Raise `ValueError` for a label that is not
-    valid.
+    An example has one sequence of token ids, both orders of a pair for similarity, or one sequence for each choice. If
+    the answer is a text that the model writes, the sequence ends with it, and `answer` is the position where it begins.
+    A sequence has at most `config.seq_len` tokens: longer texts are cut off. Of these, `room` are left free for a text
+    that the model will write; tags and spans ignore `room`. `names` are the names of the classes. Without labels in the
+    table, targets are zeros, and answers are empty. A classifier without an extract token gets the plain tokens of a
+    single text. Raise `ValueError` for a label that is not valid.
     """
     wanted = targets(table, task, names)
     if task.kind == "tags":
@@ -332,8 +345,9 @@ def examples(
 def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTConfig) -> Example:
     """Return the example of a tagged text: the start token, the words and the extract token, with a tag for each token.
 
-    `tags` are the class indices of the words. A word's tag stands at its last token, which alone has seen the whole
-    word; all other tokens have -100. Words that do not fit are left out.
+    The words of `text` are those between its spaces, and `tags` are their class indices. A word's tag stands at its
+    last token, which alone has seen the whole word; all other tokens have -100. The first word that does not fit is cut
+    off and has no tag, and all words behind it are left out.
     """
     between, T = marks(config), config.seq_len
     row, found = [between.start], [IGNORE]
@@ -351,8 +365,10 @@ def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTCon
 def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
     """Return the example of a question and a text that holds the answer, in row number `row` of the table.
 
-    Its tokens are start, question, delimiter, text, extract. Its target is the first and the last position of the
-    answer in them: twice the last position of all if there is no answer, and twice -100 if the answer was cut off.
+    Its tokens are start, question, delimiter, text, extract. The label of the row is the answer. The target is the
+    first and the last position of the answer among the tokens. It is twice the last position of all if there is no
+    answer, and twice -100 if the answer was cut off. Its `context` has the text, the position of its first token, the
+    characters of each token and the answer. Raise `ValueError` if the answer is not in the text.
     """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
     between = marks(config)
@@ -374,7 +390,8 @@ def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) 
 def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
     """Return the character of `text` at which `answer` begins: where the table says, or at its first occurrence.
 
-    Raise `ValueError` if the answer of row number `row` is not in the text, or not where the table says.
+    `text` and `answer` are those of row number `row`. Raise `ValueError` if the answer is not in the text, or not where
+    the table says.
     """
     start = table.starts[row] if table.starts else -1
     if start < 0:
@@ -394,7 +411,8 @@ def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
 def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
     """Return the token ids of each text of a table without start, delimiter and extract tokens, cut off at `seq_len`.
 
-    A classifier of the library transformers was trained on such input. Raise `ValueError` for a text without tokens.
+    A classifier of the library transformers was trained on such input. Truncation of `tokenizer` is switched off
+    afterwards. Raise `ValueError` for a text without tokens.
     """
     tokenizer.enable_truncation(seq_len)
     try:
@@ -410,8 +428,8 @@ def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[in
 def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
     """Return remarks for the user about `rows`, the examples made of the table: one line each.
 
-    They are the table's own notes, how many rows fill all `seq_len` positions and may have been cut off, and how many
-    have an empty text.
+    They are the table's own notes; the share of token sequences that have exactly `seq_len` tokens and may have been
+    cut off, unless it is 0; and how many rows have an empty text, if any.
     """
     found = [*table.notes]
     cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
@@ -431,7 +449,7 @@ def _letter(index: int) -> str:
 
 
 def _check_choices(table: Table, names: Sequence[str]) -> None:
-    """Raise `ValueError` for the first row that does not have one choice for each of `names`."""
+    """Raise `ValueError` if a row of a multiple-choice table does not have one choice for each of `names`."""
     for row, choices in enumerate(table.more):
         if len(choices) != len(names):
             raise ValueError(
@@ -441,10 +459,11 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
 
 
 def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
-    """Return how the labels of a multiple-choice table name a choice: "text", "letters", "0" or "1" (see `ANSWERS`).
+    """Return how the labels of a multiple-choice table name a choice: "text", "letters", "0" or "1".
 
-    It is `task.answers`, or if that is None the only form that fits the whole column. `names` are the letters of the
-    choices. Raise `ValueError` if a label names no choice, or if a row has another number of choices.
+    These are a choice's text, a letter from A on, and a number that counts from 0 or from 1. It is `task.answers`, or
+    if that is None the form that fits the whole column. `names` are the letters of the choices. Raise `ValueError` if a
+    label names no choice, if several forms fit and differ, or if a row has another number of choices than `names`.
     """
     _check_choices(table, names)
     if task.answers is None:
@@ -459,7 +478,7 @@ def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
 
 
 def _number(table: Table, row: int) -> float:
-    """Return the label of row number `row` as a number. Raise `ValueError` if it spells none."""
+    """Return the label of row number `row` of the table as a number. Raise `ValueError` if it spells no finite one."""
     label = table.labels[row]
     value = number(label)
     if value is None:

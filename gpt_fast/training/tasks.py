@@ -101,17 +101,21 @@ class TaskSettings:
 
     @property
     def writes(self) -> bool:
-        """Return True if the model answers in text."""
+        """Return True if the model answers in text that it generates, and not by a head of its own for the task."""
         return self.task.head is GPTForCausalLM
 
     @property
     def kind(self) -> Kind:
-        """Return what a label is: "class", "number", "text", "set" (of classes), "tags" or "span" (of a text)."""
+        """Return what a row's label is: "class", "number", "text", "set", "tags" or "span".
+
+        A set has any number of classes, tags are one class for each word, and a span is a part of the row's text. With
+        `numbers` it is "number", else the kind of the task's definition.
+        """
         return "number" if self.numbers else self.task.kind
 
     @property
     def classifies(self) -> bool:
-        """Return True if a row's label is one class."""
+        """Return True if a row's label is one class. The index of a choice, in multiple choice, counts as a class."""
         return self.kind == "class"
 
     @property
@@ -133,7 +137,8 @@ def _refuse_pair(pair_column: str, task: str) -> None:
 def pair_columns(task: TaskSettings, given: str | None) -> tuple[str, ...]:
     """Return the names of the columns with a task's second texts: those in `given`, or the task's own for None.
 
-    Commas separate the names in `given`. Raise `ValueError` if columns are given for a task that reads one text only.
+    Commas separate the names in `given`, the value of --pair-column. Raise `ValueError` if columns are given for a task
+    that reads one text only.
     """
     if given is None:
         return task.pair_columns
@@ -152,12 +157,14 @@ def task_settings(
     skip_labels: Sequence[str] = (),
     answers: str | None = None,
 ) -> TaskSettings:
-    """Return the settings of the task called `name`. A column that is None is the task's default.
+    """Return the settings of the task called `name`, such as "classification". A column that is None is its default.
 
     `pair_column` is the column of the second text; for multiple choice it is a column of lists, or several columns with
-    commas between them. With `numbers`, the labels are numbers. `labels` are the classes, with commas between them.
-    Rows with a label in `skip_labels` are skipped. `answers`, one of `ANSWERS`, is how the labels of multiple choice
-    name a choice. Raise `ValueError` for an option that the task does not have.
+    commas between them. With `numbers`, the labels are numbers, which similarity and regression allow. `labels` are the
+    classes, with commas between them, or None if the table decides. Rows with a label in `skip_labels` are to be
+    skipped. `answers` is how the labels of multiple choice name a choice: "text", "letters", "0" or "1", or None if the
+    table decides. Raise `ValueError` for an unknown task, an option that the task does not have, or a value that is not
+    valid.
     """
     if name not in TASKS:
         raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
@@ -185,9 +192,9 @@ def task_settings(
 
 
 def marks(config: GPTConfig) -> Marks:
-    """Return the ids of the start, delimiter, extract and padding tokens of a task's input.
+    """Return the ids of the start, delimiter, extract and padding tokens of a task's input, as a `Marks`.
 
-    Raise `ValueError` if the model lacks one of the first three.
+    Raise `ValueError` if the configuration lacks one of the first three. Without a padding token, its id is 0.
     """
     start, delimiter, extract = (special_token(config, f"{name}_token") for name in ("start", "delimiter", "extract"))
     return Marks(start, delimiter, extract, config.pad_token or 0)
@@ -198,9 +205,11 @@ def new_model(
 ) -> Head:
     """Return the model for a task: the task's head on the trunk of the run in `source`.
 
-    `make(head, source, **overrides)` loads the trunk or draws new weights. `lm_weight` is the weight of the language
-    model's loss, `names` are the names of the classes, and `classifier_bias` gives the output layer a bias. A task
-    whose answer is a text takes the causal language model as it is.
+    `make(head, source, **overrides)` loads the trunk or draws new weights, with `overrides` of the configuration.
+    `lm_weight` is the weight of the language model's loss, and `classifier_bias` gives the output layer a bias. `names`
+    are the names of the classes or choices, none for numbers and spans. The head reads the extract token, with a
+    dropout of 0.1. For a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, and all other
+    arguments are ignored.
     """
     if task.writes:
         return make(task.task.head, source)
@@ -220,10 +229,12 @@ def new_model(
 def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
     """Return the metrics of a task, with those of its baseline, for a model on the examples `rows`.
 
-    The keys depend on `task.kind`, for example "loss", "accuracy" and "majority_accuracy" for classes, "mse" and
-    "mean_mse" for numbers, and "loss", "perplexity" and "bits_per_byte" for texts. Functions of `metrics.py` list them:
-    `classification_metrics`, `regression_metrics`, `answer_metrics`, `multi_label_metrics`, `tag_metrics` and
-    `span_metrics`. `answer_bytes` is the number of bytes of all expected answers, which only a task in text needs.
+    The keys depend on the task's kind of labels. For classes, sets of classes and tags they are "loss", "accuracy",
+    "macro_f1", "micro_f1", "majority_accuracy" and "majority_macro_f1", also "matthews" except for sets, and for tags
+    "words" and maybe "entity_f1". For numbers they are "mse", "mean_mse" and, if defined, "pearson" and "spearman". For
+    texts to be written they are "loss", "perplexity" and "bits_per_byte", and for spans "loss", "exact_match" and
+    "word_f1". "examples" is always the number of rows. `answer_bytes` is the number of bytes of all expected answers,
+    which only texts to be written need.
     """
     pad = model.config.pad_token or 0
     if task.writes:
@@ -246,7 +257,7 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
 def metric_of(task: TaskSettings, name: str | None) -> str:
     """Return the metric by which validation chooses the best model: `name`, or the task's default if it is None.
 
-    Raise `ValueError` for a metric that the task does not measure.
+    Raise `ValueError` for a metric that is not among those by which validation of the task may choose.
     """
     if name is None:
         return task.scores[0]
@@ -259,8 +270,9 @@ def metric_of(task: TaskSettings, name: str | None) -> str:
 def better(metric: str, line: Metrics) -> tuple[float, float]:
     """Return (value, tie), a key by which validations are compared: the larger key is the better validation.
 
-    `line` has the metrics of a validation. `value` is the one called `metric`, negated if a smaller one is better, and
-    -infinity if it is missing or NaN, as a correlation may be. `tie` is the negative loss.
+    `line` has the metrics of a validation, with names such as "valid_accuracy". `metric` is such a name without
+    "valid_". `value` is that metric, negated if a smaller one is better, and -infinity if it is missing or NaN, as a
+    correlation may be. `tie` is the negative "valid_loss", or 0 if that is missing.
     """
     sign = -1 if metric in _SMALLER_IS_BETTER else 1
     value = sign * line.get(f"valid_{metric}", math.nan)
@@ -272,8 +284,10 @@ def answers(
 ) -> list[str]:
     """Return the text that the model writes greedily behind the prompt of each of `rows`, up to its end token.
 
-    A text has at most `max_new_tokens` tokens, by default eight more than the longest expected answer of its batch, and
-    no more than the model's positions allow.
+    The prompt is the first sequence of a row up to the position `row.answer`. A text has at most `max_new_tokens`
+    tokens, by default (None or 0) eight more than the longest expected answer among the 64 rows of its batch. The
+    positions that the longest prompt of the batch leaves free are a limit, too, but there is always room for one token.
+    Texts are returned without special tokens, in the order of `rows`.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -296,7 +310,11 @@ def answers(
 
 
 def writes_answers(folder: Path) -> bool:
-    """Return True if the run in `folder` was fine-tuned for a task whose answer is a text."""
+    """Return True if the run in `folder` was fine-tuned for a task whose answer is a text that the model writes.
+
+    These tasks are generation and question-answering. The run's record names the task, in run.json or in the newest
+    checkpoint of a stopped run. Without a record, return False.
+    """
     task = TASKS.get(str(read_record(folder).get("task")))
     return task is not None and task.head is GPTForCausalLM
 
@@ -306,11 +324,12 @@ def writing_prompt(
 ) -> tuple[list[int], int | None]:
     """Return (ids, end): the token ids that the model of a run folder continues, and the id that ends its text.
 
-    A model that was fine-tuned to answer in text gets `prompt` and `question` with the special tokens of its training.
-    `question` is None for a task without questions. Any other model continues `prompt` as it is. `end` is None if the
-    model has no token that ends a text; generation then stops at the maximum number of tokens. Raise `ValueError` if
-    `question` is given to a model that takes none or missing for one that needs it, if the prompt has a character
-    without a token, or if it is empty and the model has no start token.
+    `tokenizer` is the run's. A model that was fine-tuned to answer in text gets `prompt` and `question` with the
+    special tokens of its training, and none of it is cut off. `question` is None for a task without questions. Any
+    other model continues `prompt` as it is. `end` is None if the model has no token that ends a text; generation then
+    stops at the maximum number of tokens. Raise `ValueError` if `question` is given to a model that takes none, or
+    missing for one that needs it. For a model that was not fine-tuned to answer in text, also raise it if the prompt
+    has a character without a token, or is empty and there is no start token.
     """
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM
@@ -337,5 +356,9 @@ def writing_prompt(
 def written_metrics(
     model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, wanted: Sequence[str]
 ) -> Metrics:
-    """Return {"exact_match", "word_f1"} of the texts that the model writes for `rows`, against the texts `wanted`."""
+    """Return {"exact_match", "word_f1"}, in [0, 1], of the texts that the model writes for `rows`.
+
+    They are compared with `wanted`, the expected text of each row. The model writes greedily, at most eight tokens more
+    than the longest expected answer of a batch.
+    """
     return generated_metrics(answers(model, rows, tokenizer), wanted)

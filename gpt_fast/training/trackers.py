@@ -44,12 +44,19 @@ class Tracked:
         self._works = True
 
     def add(self, line: Metrics) -> None:
-        """Log a line of metrics, unless an earlier call has failed. A failure warns and turns the tracker off."""
+        """Log a line of metrics, {name: number}, unless an earlier call has failed.
+
+        The first call opens the tracker. Any exception becomes a warning, and turns the tracker off for good.
+        """
         if self._works:
             self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
 
     def close(self, end: End) -> None:
-        """Close the tracker if one was opened. `end` says how the run ended: "finished", "failed" or "killed"."""
+        """Close the tracker if one was opened. `end` says how the run ended: "finished", "failed" or "killed".
+
+        A tracker that has failed is not closed. A failure of closing is a warning. In any case, the hook for exceptions
+        in threads that TensorBoard's tracker has set is removed.
+        """
         if self._tracker is None:
             return
         tracker = self._tracker
@@ -59,9 +66,9 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
-        """Return the tracker, which the first call makes.
+        """Return the tracker of this run: TensorBoard, wandb or MLflow, by its name. The first call makes it.
 
-        It writes to `path`, and `line` is the first line of metrics that it will log.
+        `path` is where it writes in the run folder, and `line` is the first line of metrics that it will log.
         """
         if self._tracker is not None:
             return self._tracker
@@ -85,22 +92,25 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
 
     def _ignore(self, raised: threading.ExceptHookArgs) -> None:
-        """Ignore an exception of the writer's thread. Pass one of any other thread to the previous exception hook."""
+        """Ignore an exception of one of tensorboard's threads. Pass any other to the previous exception hook.
+
+        Python calls this for an exception that ends a thread.
+        """
         if not type(raised.thread).__module__.startswith("tensorboard."):
             self._hook(raised)
 
     def add(self, line: Metrics) -> None:
-        """Log each metric of a line at the line's update, `line["step"]`."""
+        """Log each metric of a line, {name: number}, except "step", at the line's update, `line["step"]`."""
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
     def close(self, end: End) -> None:
-        """Write all events that are pending, and close the file. `end` is ignored."""
+        """Write all events that are pending, and close the file. `end`, how the run ended, is ignored."""
         self._writer.close()
 
     def release(self) -> None:
-        """Restore the hook for exceptions in threads that the writer replaced."""
+        """Restore `threading.excepthook`, the hook for exceptions in threads, that this object has replaced."""
         threading.excepthook = self._hook
 
 
@@ -123,11 +133,11 @@ class Wandb:
         )
 
     def add(self, line: Metrics) -> None:
-        """Log all metrics of a line at the line's update, `line["step"]`."""
+        """Log all metrics of a line, {name: number}, except "step", at the line's update, `line["step"]`."""
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
     def close(self, end: End) -> None:
-        """Finish the run of wandb: as a success if `end` is "finished", else as a failure."""
+        """Finish the run of wandb: as a success if `end` is "finished", as a failure if "failed" or "killed"."""
         self._run.finish(exit_code=int(end != "finished"))
 
 
@@ -151,9 +161,10 @@ class MLflow:
         self._client.log_batch(self._id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def add(self, line: Metrics) -> None:
-        """Log all finite metrics of a line at the line's update, `line["step"]`, in one request.
+        """Log the metrics of a line, {name: number}, at the line's update, `line["step"]`, in one request.
 
-        A request for each metric took eight times as long.
+        "step" itself, and metrics that are NaN or infinite, are left out. A request for each metric took eight times as
+        long.
         """
         step, now = int(line["step"]), time.time_ns() // 1_000_000
         self._client.log_batch(
@@ -166,5 +177,5 @@ class MLflow:
         )
 
     def close(self, end: End) -> None:
-        """Finish the run of MLflow with the status FINISHED, FAILED or KILLED, as `end` says."""
+        """Finish the run of MLflow with the status FINISHED, FAILED or KILLED: `end` in capitals."""
         self._client.set_terminated(self._id, end.upper())

@@ -44,8 +44,8 @@ class Compiled:
 def choose(source: Path | None, preset: str | None) -> GPTConfig:
     """Return the model configuration of the run folder `source`, or else of the preset called `preset`.
 
-    Raise `ValueError` unless exactly one of the two is given, for an unknown preset, and for a run whose head is not
-    `GPTForCausalLM`.
+    Raise `ValueError` unless exactly one of the two is not None, for an unknown preset, and for a run whose head is not
+    `GPTForCausalLM`. No weights are read.
     """
     if (source is None) == (preset is None):
         raise ValueError("expected --from RUN or --preset NAME, one of them")
@@ -62,8 +62,8 @@ def choose(source: Path | None, preset: str | None) -> GPTConfig:
 def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") -> dict[str, Any]:
     """Compile the kernels that training and generation launch for a model of this configuration.
 
-    One update and a few generated tokens run on the current CUDA device, by a model of two layers: the other layers
-    launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
+    One update and a few generated tokens run on the current CUDA device, by a model of at most two layers: the other
+    layers launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
 
     Args:
         config: Configuration of the model, with the vocabulary size that training will use.
@@ -103,15 +103,19 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
 
 @contextmanager
 def _counted(knobs: Any, result: dict[str, Any], name: str) -> Iterator[None]:
-    """Time the block and count its kernels: `result[name]` gets "seconds", "compiled" and "found".
+    """Time the block and count its kernels: `result[name]` gets a dict with "seconds", "compiled" and "found".
 
-    `knobs` is `triton.knobs`. A compilation listener that is installed there already is called too, and stays
-    afterwards.
+    "compiled" is the number of kernels that Triton compiled, and "found" of those that it took from its cache. The
+    seconds include the wait for the CUDA device. If the block raises, `result` is unchanged. `knobs` is `triton.knobs`.
+    A compilation listener that is installed there already is called too, and is put back afterwards.
     """
     counter, before, began = Compiled(), knobs.compilation.listener, time.perf_counter()
 
     def listen(**event: Any) -> None:
-        """Count one kernel, and pass Triton's event on to the listener that was installed before."""
+        """Count one kernel in the counter of the enclosing function, and call the listener installed before, if any.
+
+        `event` are the keyword arguments with which Triton calls a compilation listener.
+        """
         counter(**event)
         if before is not None:
             before(**event)

@@ -45,25 +45,25 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every rank has called this method."""
+        """Wait until every rank (process of the job) has called this method. With one rank, return at once."""
         if self.size > 1:
             dist.barrier()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over all ranks. With several ranks, the sum replaces the values of `tensor`.
+        """Sum `tensor` over all ranks in place, and return it. With one rank, it stays as it is.
 
-        Every rank calls this.
+        Every rank must call this, with a tensor of the same shape and dtype on its device.
         """
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def anyone(self, flag: bool) -> bool:
-        """Return True on every rank if `flag` is True on at least one. Every rank calls this."""
+        """Return True on every rank if `flag` is True on at least one, else False. Every rank must call this."""
         return bool(self.total(torch.tensor(float(flag), device=self.device))) if self.size > 1 else flag
 
     def number(self, value: int) -> int:
-        """Return rank 0's `value` on every rank. The values of other ranks are ignored."""
+        """Return rank 0's integer `value` on every rank. Every rank must call this; other ranks' values are ignored."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
@@ -71,7 +71,7 @@ class World:
         return int(tensor)
 
     def text(self, value: str) -> str:
-        """Return rank 0's `value` on every rank. The values of other ranks are ignored."""
+        """Return rank 0's text `value` on every rank. Every rank must call this; other ranks' values are ignored."""
         if self.size == 1:
             return value
         content = value.encode()
@@ -83,15 +83,20 @@ class World:
         return bytes(letters.tolist()).decode()
 
     def values(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Return rank 0's `value` on every rank. It travels as JSON; the values of other ranks are ignored."""
+        """Return rank 0's dict `value` on every rank. Every rank must call this; other ranks' values are ignored.
+
+        With several ranks, the result is a copy made through JSON, so `value` has to hold JSON values. With one rank,
+        it is `value` itself.
+        """
         return value if self.size == 1 else json.loads(self.text(json.dumps(value)))
 
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Return `model` wrapped for data-parallel training, or `model` itself if there is one rank.
 
-        With the strategy "ddp", DDP keeps the whole model on each rank. With "fsdp", FSDP2 shards the parameters of
-        `model` in place: each decoder is an FSDP unit, and all other parameters form one more. If `dtype` is not
-        float32, FSDP2 computes in `dtype` and sums gradients in float32. DDP ignores `dtype`.
+        With the strategy "ddp", the result is a DDP module around `model`, which stays whole on each rank. `release`
+        needs that module, so it is kept in `wrapped`, too. With "fsdp", FSDP2 shards the parameters of `model` in
+        place, and the result is `model`. Each decoder is an FSDP unit, and all other parameters form one more. If
+        `dtype` is not float32, FSDP2 computes in `dtype` and sums gradients in float32. DDP ignores `dtype`.
         """
         if self.size == 1:
             return model
@@ -115,7 +120,7 @@ class World:
         """Average the gradients over the ranks in the backward pass inside the block only if `wanted`.
 
         `parallel` is the module that `wrap` returned. With gradient accumulation, `wanted` is True for the last
-        micro-batch alone. With one rank nothing is done.
+        micro-batch alone. With FSDP2, the setting stays after the block. With one rank nothing is done.
         """
         if self.size == 1 or (wanted and self.strategy == "ddp"):
             yield
@@ -127,11 +132,11 @@ class World:
             yield
 
     def release(self) -> None:
-        """Delete the gradient reducers of DDP's modules while the process group still exists.
+        """Delete the gradient reducers of the DDP modules that `wrap` made, while the process group still exists.
 
-        The modules cannot train afterwards. A reducer that is freed last frees the group with it, holds the GIL
-        meanwhile, and waits for a thread of gloo. After a rank was lost, that thread waits for the GIL to free a sum of
-        gradients, and the process would not end.
+        The modules cannot train afterwards. Without DDP modules, nothing is done. A reducer that is freed last frees
+        the group with it, holds the GIL meanwhile, and waits for a thread of gloo. After a rank was lost, that thread
+        waits for the GIL to free a sum of gradients, and the process would not end.
         """
         for module in self.wrapped:
             module.reducer = module.logger = None  # type: ignore[assignment]
@@ -149,13 +154,16 @@ class World:
                     module.reshard()
 
     def full(self, tensor: Tensor) -> Tensor:
-        """Return the whole tensor, gathered from all ranks, if `tensor` is sharded, else `tensor` itself."""
+        """Return the whole tensor, gathered from all ranks, if `tensor` is a DTensor, else `tensor` itself.
+
+        Every rank must call this for a DTensor, the kind of tensor that FSDP2 shards.
+        """
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def replicated(self, tensor: Tensor) -> Tensor:
         """Return `tensor` as a DTensor replicated on all ranks, for arithmetic with FSDP2's sharded tensors.
 
-        Without FSDP, return `tensor` itself.
+        The values have to be the same on every rank, which is not checked. Without FSDP, return `tensor` itself.
         """
         if self.size == 1 or self.strategy == "ddp":
             return tensor
@@ -167,12 +175,12 @@ class World:
 
 @lru_cache(maxsize=1)
 def _mesh(device: str, size: int) -> DeviceMesh:
-    """Return the one-dimensional mesh of all `size` ranks, made once. `device` is "cpu" or "cuda"."""
+    """Return the one-dimensional device mesh of all `size` ranks, which is cached. `device` is "cpu" or "cuda"."""
     return dist.init_device_mesh(device, (size,))
 
 
 def resolve_device(name: str) -> str:
-    """Return "cpu" or "cuda" for the option --device; "auto" is "cuda" if there is a GPU.
+    """Return "cpu" or "cuda" for `name`, the value of --device. "auto" is "cuda" if PyTorch sees a GPU, else "cpu".
 
     Raise `ValueError` for any other name, and for "cuda" where PyTorch sees no CUDA device.
     """
@@ -184,7 +192,7 @@ def resolve_device(name: str) -> str:
 
 
 def launched_size() -> int:
-    """Return how many processes torchrun started, or 1 without torchrun."""
+    """Return how many processes torchrun started, as its environment variable WORLD_SIZE says, or 1 if it is unset."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -192,9 +200,12 @@ def launched_size() -> int:
 def world(strategy: str | None, device: str) -> Iterator[World]:
     """Yield the `World` of the processes that torchrun started, connected by NCCL between GPUs or gloo between CPUs.
 
-    Without torchrun, it is a world of one process on `device`, "cpu" or "cuda". With several processes, `strategy` is
-    "ddp" or "fsdp", each process takes the GPU of its local rank, and a broken connection to another rank becomes a
-    `LostRank`. Raise `OptionError` if there are several processes and `strategy` is None.
+    `device` is "cpu" or "cuda". A single process, with or without torchrun, gets a world of its own on `device`, and
+    `strategy` is ignored. With several processes, `strategy` is "ddp" or "fsdp". Each process then takes the GPU of its
+    local rank, if `device` is "cuda". Operations between ranks time out after ten minutes. A `RuntimeError` in the
+    block that comes from a broken connection to another rank becomes a `LostRank`. At the end of the block the process
+    group is destroyed, and DDP modules of the world cannot train any more. Raise `OptionError` if there are several
+    processes and `strategy` is None.
     """
     size = launched_size()
     if size == 1:
@@ -224,7 +235,10 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """Return True if `error` says, by its type or by words in its text, that the connection to another rank broke."""
+    """Return True if `error` is a `DistError`, or has words such as "Broken pipe", "NCCL" or "gloo" in its text.
+
+    Such an error means that the connection to another rank broke.
+    """
     text = str(error)
     signs = (
         "Connection closed by peer",
@@ -248,11 +262,11 @@ def settings_of(world: World) -> dict[str, Any]:
 def bytes_per_update(parameters: int, ranks: int, strategy: str, bits: int = 16, parts: int = 1) -> float:
     """Return the bytes that each rank sends, and also receives, in one update of P = `parameters` on N = `ranks`.
 
-    DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 gathers the weights for the forward and again for the
-    backward pass of each of k = `parts` micro-batches, in the dtype of products (`bits` 16 or 32), and scatters the
-    float32 sum of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. Raise `ValueError` if `strategy` is neither
-    "ddp" nor "fsdp". Source: Thakur et al. (2005), doi:10.1177/1094342005051521, for the ring; Rajbhandari et al.
-    (2020), arXiv:1910.02054, section 7.
+    DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 sends `(N - 1)/N · (2 k bits/8 + 4) P`. It gathers the
+    weights for the forward and again for the backward pass of each of k = `parts` micro-batches, in the dtype of
+    products (`bits` 16 or 32). It scatters the float32 sum of the gradients once. DDP does not depend on `bits` and
+    `parts`. Raise `ValueError` if `strategy` is neither "ddp" nor "fsdp". Source: Thakur et al. (2005),
+    doi:10.1177/1094342005051521, for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
     """
     if strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy is {strategy!r}; expected ddp or fsdp")

@@ -15,14 +15,16 @@ Step = Callable[..., Any]
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """Keep the learning rates and step counts of `optimizer` on `device`, so that a CUDA graph can hold its step.
+    """Move the learning rates and step counts of `optimizer` to `device`, so that a CUDA graph can hold its step.
+
+    The optimizer is changed in place, and each parameter group gets the option "capturable".
 
     Returns:
         The learning rate of each parameter group, a float32 tensor [] on `device`, which the group now holds as "lr".
 
     Raises:
         ValueError: The optimizer has no option "capturable", because it decides something on the host, as
-            `torch.optim.Muon` does.
+            `torch.optim.Muon` does. It is then unchanged.
     """
     if any("capturable" not in group for group in optimizer.param_groups):
         raise ValueError(
@@ -125,8 +127,10 @@ class GraphedStep:
             Copies of the results of the step, a tensor or a tuple of tensors.
 
         Raises:
-            ValueError: The tensors differ from those of the first call in name, shape, dtype or device; or parameters,
-                optimizer state or options, except the learning rate, were replaced after the capture.
+            ValueError: There is no tensor, or one is not on a CUDA device; the tensors differ from those of the first
+                call in name, order, shape, dtype or device; or parameters, optimizer state or options, except the
+                learning rate, were replaced after the capture.
+            RuntimeError: The step cannot be captured, because it reads a value of the device, for example.
         """
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)
@@ -151,10 +155,11 @@ class GraphedStep:
             return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call.
+        """Validate the tensors of a call, given by name, against those of the first call, if there was one.
 
         Raises:
-            ValueError: There are no tensors, one is not on a CUDA device, or one differs from the first call.
+            ValueError: There are no tensors, a value is not a tensor on a CUDA device, or the names, their order, or a
+                shape, dtype or device differs from the first call.
         """
         if not tensors:
             raise ValueError("gpt_fast.GraphedStep: the call has no tensors; expected those that change between calls")
@@ -175,7 +180,10 @@ class GraphedStep:
                 )
 
     def _take_inputs(self, tensors: dict[str, Tensor]) -> None:
-        """Copy `tensors` into the tensors of the same names that the graph reads. The first call allocates them."""
+        """Copy `tensors`, given by name, into the tensors of the same names that the graph reads.
+
+        The first call allocates the tensors that the graph reads.
+        """
         if not self._inputs:
             self._inputs = {name: torch.empty_like(x, requires_grad=False) for name, x in tensors.items()}
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -198,17 +206,18 @@ class GraphedStep:
                     group["lr"] = rate
 
     def _call_step(self, positional: int) -> Any:
-        """Return the results of the step on the tensors that the graph reads.
+        """Call the step on the tensors that the graph reads, and return its results.
 
-        The first `positional` of them are passed by position, all others by keyword.
+        The first `positional` tensors are passed by position, all others by keyword.
         """
         values = list(self._inputs.items())
         return self._step(*(x for _, x in values[:positional]), **dict(values[positional:]))
 
     def _run_eagerly(self, positional: int) -> Any:
-        """Return the results of the step, run eagerly with the first `positional` inputs passed by position.
+        """Run the step eagerly, and return its results. The first `positional` inputs are passed by position.
 
         The step runs on the stream of the later capture, so that libraries allocate their workspaces for that stream.
+        The host does not wait: the current stream waits for that one.
         """
         if self._side is None:
             self._side = torch.cuda.Stream()
@@ -222,7 +231,8 @@ class GraphedStep:
     def _capture(self, positional: int) -> None:
         """Capture the step as a CUDA graph, with the first `positional` inputs passed by position.
 
-        The graph, and the results that it will write, are kept in this object.
+        The step is recorded, not run. The gradients of all optimizers are set to None first. The graph, and the results
+        that it will write, are kept in this object.
 
         Raises:
             RuntimeError: The step cannot be captured, because it reads a value of the device, for example.
@@ -242,11 +252,12 @@ class GraphedStep:
         self._graph, self._captured = graph, self._what_a_graph_reads()
 
     def _what_a_graph_reads(self) -> list[Any]:
-        """Return what shows whether the optimizers still are as the graph captured them.
+        """Return a list that shows, by comparison with an earlier one, whether the optimizers were changed in between.
 
-        These are the options of every parameter group and the addresses of its first parameter and of that parameter's
-        state. If the list differs from the one at the capture, the graph would read memory that is no longer used.
-        Loading a state or moving a model replaces all tensors of a group, so its first parameter suffices.
+        It holds for each parameter group a dict of its options, without "params" and "lr", then the addresses of its
+        first parameter and of that parameter's state. If the list differs from the one at the capture, the graph would
+        read memory that is no longer used. Loading a state or moving a model replaces all tensors of a group, so its
+        first parameter suffices.
         """
         found: list[Any] = []
         for optimizer in self._optimizers:

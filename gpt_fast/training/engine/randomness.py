@@ -9,10 +9,11 @@ from ...data.stream import mix
 
 
 def seed(seed: int, rank: int, step: int = 0) -> None:
-    """Seed torch's generators, from which dropout draws its masks: each rank gets a stream of its own.
+    """Seed torch's generators on all devices, from which dropout draws its masks: each rank gets its own stream.
 
-    `seed` is the run's seed. `step` is 0, or the update after which a run resumes with another number of ranks than
-    before, which starts new streams.
+    `seed` is the run's seed, which rank 0 gets unchanged if `step` is 0. Otherwise the seed is a hash of all three
+    numbers. `step` is 0, or the update after which a run resumes with another number of ranks than before, which starts
+    new streams.
     """
     torch.manual_seed(seed if rank == step == 0 else mix(seed, rank, step) >> 1)
 
@@ -30,7 +31,10 @@ def states(device: torch.device, rank: int) -> dict[str, Tensor]:
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators on the CPU and on `device` to `states`, as the function `states` returned them."""
+    """Set torch's generators to `states`, a dict {name: state} that the function `states` returned on this rank.
+
+    A state with ".cuda." in its name is set on the GPU `device`, any other on the CPU.
+    """
     for name, state in states.items():
         if ".cuda." in name:
             torch.cuda.set_rng_state(state, device)

@@ -17,8 +17,8 @@ LONGEST = 0.5  # seconds of one product
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
     """Return the FLOPs per token of forward and backward, `6 N + 12 L C T`; attention's term is halved if `causal`.
 
-    The model has L layers, C hidden dimensions and T positions. N counts the weights that multiply, out of all
-    `parameters`: not the position embedding, and not the token embedding if a layer of its own makes the output.
+    The model has L layers, C hidden dimensions and T positions. N is `parameters`, the number of its parameters,
+    without the position embedding, and without the token embedding unless it is the output layer too (`config.tied`).
     Recomputed activations do not count, so activation checkpointing lowers the MFU. Source: Kaplan et al. (2020),
     arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
     """
@@ -28,11 +28,13 @@ def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak rate of a device in FLOP/s: a known GPU's published 16-bit rate, else a measured one.
+    """Return the peak rate of one device for matrix products in `dtype`, in FLOP/s.
 
-    The measured rate is the best of products of 256³, 512³ and 1024³ in `dtype`, each size five times. Larger sizes are
-    skipped if a product would take longer than half a second, as in 16 bits on a CPU without instructions for them. On
-    busy cores a small product waits far longer than it multiplies, so each size decides only about the next.
+    For 16 bits on an A100, H100 or H200 it is the published rate, else a measured one. The measured rate is the best of
+    products of 256³, 512³ and 1024³ in `dtype`, each size five times. Larger sizes are skipped if a product would take
+    longer than half a second, as in 16 bits on a CPU without instructions for them. Measuring draws random numbers from
+    torch's generator of the device. On busy cores a small product waits far longer than it multiplies, so each size
+    decides only about the next.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)

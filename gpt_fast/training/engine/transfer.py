@@ -35,7 +35,8 @@ class Sender:
         """Start copying `batches`, the micro-batches of an update, to the device. Return a handle for `receive`.
 
         `count(batch)` returns a tensor [terms]: the number of predictions that each term of the loss has in a batch.
-        These counts are copied too.
+        These counts are copied too. There has to be at least one batch. Unless the device is a GPU, the copies are
+        finished when this method returns.
         """
         counts = torch.stack([count(batch) for batch in batches])
         tokens = sum(batch.num_tokens() for batch in batches)
@@ -49,9 +50,10 @@ class Sender:
         return Sent(parts, counts, tokens, arrived)
 
     def receive(self, sent: Sent) -> tuple[list[Batch], Tensor]:
-        """Return (parts, counts): the batches that `send` copied, and the predictions of each loss term [parts, terms].
+        """Return (parts, counts): the batches that `send` copied, and their counts of predictions [parts, terms].
 
-        On CUDA, kernels that are launched on the current stream from now on wait for the copy. The host does not wait.
+        `sent` is the handle that `send` returned. Both results are on the device. On CUDA, kernels that are launched on
+        the current stream from now on wait for the copy. The host does not wait.
         """
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.device)

@@ -39,9 +39,9 @@ class EngineSettings:
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
-        """Return an `EngineSettings` with the values of the attributes of `settings` that are called like its fields.
+        """Return an `EngineSettings` whose fields have the values of the attributes of the same names in `settings`.
 
-        A field that `settings` has no attribute for keeps its default.
+        A field for which `settings` has no attribute keeps its default.
         """
         names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
         return cls(**{name: getattr(settings, name) for name in names})
@@ -96,7 +96,7 @@ class Engine:
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Start copying `batches`, this rank's micro-batches of an update, to the device.
 
-        Return the handle that `update` takes in their place.
+        Return a handle, which `update` takes in place of the batches.
         """
 
         def count(batch: Batch) -> Tensor:
@@ -107,12 +107,14 @@ class Engine:
     def update(self, batches: Sequence[Batch] | Sent, lr: float) -> Outcome:
         """Make one optimizer step on the gradient of the loss over all `batches` of all ranks.
 
-        `batches` are the micro-batches of this rank, or what `send` returned for them. `lr` is AdamW's learning rate;
-        Muon's keeps its ratio to it. Each term of the loss is the mean over all of its predictions, so that the
-        gradient does not depend on how the batch is divided. A batch of weight 0 does not count. Return the loss, the
-        norm of the gradient before clipping, and whether the update was skipped because one of these is not finite,
-        still on the device. On CUDA the host does not wait if the batches come from the CPU or from `send`, unless Muon
-        trains.
+        `batches` are the micro-batches of this rank, or the handle that `send` returned for them. `lr` is AdamW's
+        learning rate, before the factor of each parameter group. Muon's rate keeps its ratio to it. Each term of the
+        loss is the mean over all of its predictions, so the gradient does not depend on how the batch is divided. A
+        batch of weight 0 does not count. The model is left in training mode.
+
+        Return an `Outcome` of scalars on the device: (mean loss, norm of the gradient before clipping, skipped).
+        `skipped` is 1.0 if the loss or the norm is not finite, and then no weight was changed; else it is 0.0. On CUDA
+        the host does not wait if the batches come from the CPU or from `send`, unless Muon trains.
         """
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
@@ -127,10 +129,11 @@ class Engine:
         return Outcome(*self._graphed(counts=counts, **tensors).unbind())
 
     def _compute_named(self, counts: Tensor, **tensors: Tensor) -> Tensor:
-        """Make one update on `tensors`, for the CUDA graph. Return the results of `_compute` as a tensor [3].
+        """Make one update on `tensors`, for the CUDA graph. Return a tensor [3]: loss, gradient norm, 1 if skipped.
 
         The names of `tensors` are "tokens of part 0", "labels of part 0" and so on: an argument of the model's forward
-        pass and the index of its micro-batch. `counts` [parts, terms] is as in `_compute`.
+        pass and the index of its micro-batch. `counts` [parts, terms] is the number of predictions of each term of the
+        loss in each micro-batch.
         """
         parts: list[dict[str, Tensor]] = [{} for _ in range(len(counts))]
         for name, tensor in tensors.items():
@@ -139,11 +142,12 @@ class Engine:
         return torch.stack(self._compute(parts, counts))
 
     def _compute(self, parts: Sequence[dict[str, Tensor]], counts: Tensor) -> Outcome:
-        """Make one update on `parts`. Return its loss, its gradient norm before clipping, and whether it was skipped.
+        """Make one update on `parts`. Return (loss, gradient norm before clipping, skipped), scalars on the device.
 
-        An element of `parts` holds the arguments of the model's forward pass for one micro-batch. `counts` [parts,
-        terms] is the number of predictions of each term of the loss in each micro-batch. A CUDA graph of this function
-        may be replayed in its place, so it keeps no number on the host.
+        The loss is the mean over all ranks, and `skipped` is 1.0 for an update without effect, else 0.0. An element of
+        `parts` holds the arguments of the model's forward pass for one micro-batch. `counts` [parts, terms] is the
+        number of predictions of each term of the loss in each micro-batch. A CUDA graph of this function may be
+        replayed in its place, so it keeps no number on the host.
         """
         self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
@@ -171,9 +175,11 @@ class Engine:
     def _step(self, loss: Tensor) -> Outcome:
         """Clip the gradients and step the optimizers, or skip the update if the loss or the gradient is not finite.
 
-        `loss` is this rank's share of the mean loss. The gradients of the model are multiplied by the float16 loss
-        scale, and have been averaged over the ranks. Return the whole mean loss, the norm of the gradient before
-        clipping and without that scale, and whether the update was skipped.
+        `loss` is this rank's share of the mean loss. The gradients of the model have been multiplied by the float16
+        loss scale and averaged over the ranks; they are changed in place. In float16 the loss scale is adjusted
+        afterwards. Return (loss, norm, skipped), scalars on the device. `loss` is then the sum of all ranks' shares,
+        and `norm` is that of the gradient before clipping, without the loss scale. `skipped` is 1.0 if the update was
+        skipped, else 0.0.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
@@ -196,18 +202,23 @@ class Engine:
         return Outcome(loss, norm, skipped)
 
     def _rescale(self, overflow: Tensor) -> None:
-        """Halve the float16 loss scale if `overflow` (bool []), else double it after 2,000 updates without overflow."""
+        """Halve the float16 loss scale if `overflow` (bool []), else double it after 2,000 updates without a change.
+
+        The scale and the count of updates are changed in place on the device, so that the host does not wait.
+        """
         growth = torch.where(overflow, 0.0, self.growth + 1)
         grows = growth >= GROWTH_EVERY
         self.scale.copy_(torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale)))
         self.growth.copy_(torch.where(grows, 0.0, growth))
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor that training resumes from, by name: weights, optimizer state and loss scale.
+        """Return {name: tensor} for the model and its optimizers, from which training resumes.
 
         The names are "model.NAME" and "optimizer.KEY.NAME" for the parameter NAME and the entry KEY of its optimizer
-        state, such as "exp_avg", and "scale" and "growth" of the float16 loss scale. The tensors are the live ones:
-        copying into them restores the state. Optimizer state that does not exist yet is created as zeros.
+        state, such as "exp_avg". "scale" and "growth" are the float16 loss scale and the updates since it changed. The
+        tensors are the live ones: copying into them restores the state. Optimizer state of trainable parameters that
+        does not exist yet is created as zeros; frozen parameters have none. States of random generators are not among
+        them. With FSDP the tensors are sharded.
         """
         self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
