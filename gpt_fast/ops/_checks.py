@@ -47,9 +47,12 @@ def is_number(value: Any) -> bool:
 
 
 def integer(op: str, **arguments: Any) -> None:
-    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is an integer and no bool.
+    """Validate that each of `arguments`, by name, is an integer and no bool.
 
     Python's, NumPy's and symbolic integers count. While `torch.jit.trace` records, every tensor passes.
+
+    Raises:
+        ValueError: An argument is something else. The message names `op` and the argument.
     """
     for name, value in arguments.items():
         if isinstance(value, Tensor) and torch.jit.is_tracing():
@@ -92,9 +95,10 @@ def floating_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Raise `ValueError` unless each tensor is None or has dtype float32, bfloat16, float16 or float64.
+    """Validate that each tensor is None or has dtype float32, bfloat16, float16 or float64.
 
-    The message names `op` and the tensor by its keyword.
+    Raises:
+        ValueError: A tensor has another dtype. The message names `op` and the tensor by its keyword.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
@@ -117,9 +121,10 @@ def boolean(op: str, **tensors: Tensor | None) -> None:
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise `ValueError`, which names `op`, unless all tensors that are not None have one dtype.
+    """Validate that all tensors that are not None have one dtype.
 
-    The message also names the first tensor with another dtype than the first one that is not None.
+    Raises:
+        ValueError: A tensor has another dtype than the first one that is not None. The message names `op` and both.
     """
     given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
     for name, dtype in given[1:]:
@@ -142,18 +147,22 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
-    """Raise `ValueError` unless `tensor` is None or has the shape `wanted`. `why` says where these sizes come from.
+    """Validate that `tensor` is None or has the shape `wanted`. `why` says where these sizes come from.
 
-    `op` is the op's name and `name` the argument's. Both and `why` stand in the message.
+    Raises:
+        ValueError: The shape differs. The message has `op`, the argument's `name`, both shapes and `why`.
     """
     if tensor is not None and tuple(tensor.shape) != tuple(wanted):
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {list(wanted)}: {why}")
 
 
 def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
-    """Raise `ValueError` unless `tensor` has as many dimensions as `wanted`, names of sizes like "[B, H, T, D]".
+    """Validate that `tensor` has as many dimensions as `wanted`, names of sizes like "[B, H, T, D]".
 
-    The sizes themselves are not checked. `op` is the op's name and `name` the argument's, for the message.
+    The sizes themselves are not checked.
+
+    Raises:
+        ValueError: The number differs. The message has `op`, the argument's `name`, its shape and `wanted`.
     """
     if tensor.dim() != wanted.count(",") + 1:
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {wanted}")
@@ -181,10 +190,12 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Raise `ValueError` unless each value of `tensor` is in [lower, upper) or equals `besides`.
+    """Validate that each value of `tensor` is in [lower, upper) or equals `besides`. An empty tensor passes.
 
-    The message names `op`, the argument `name` and the first wrong value. An empty tensor passes. Reading the values of
-    a GPU's tensor waits for the device.
+    Reading the values of a GPU's tensor waits for the device.
+
+    Raises:
+        ValueError: A value lies outside. The message has `op`, the argument's `name` and the first wrong value.
     """
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:

@@ -216,7 +216,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 @functools.cache
 def triton_kernel(op: str) -> types.ModuleType:
-    """Import the module `gpt_fast.kernels.<op>` and return it; later calls return the same module.
+    """Return the module `gpt_fast.kernels.<op>`, which the first call imports.
 
     The result is cached, because looking for Triton takes 10 µs. An error is not cached.
 
@@ -237,11 +237,7 @@ def register_triton(name: str, launcher: Callable) -> None:
     """
 
     def on_own_device(*args):
-        """Return `launcher(*args)`, with the device of the first tensor in `args` as the current CUDA device.
-
-        `launcher` and `name` are those of the enclosing call. Raise `RuntimeError` if Triton could not compile its C
-        launcher.
-        """
+        """Return `launcher(*args)`, with the device of the first tensor in `args` as the current CUDA device."""
         with device_guard(_device_index(args)):
             try:
                 return launcher(*args)
@@ -256,7 +252,7 @@ def register_triton(name: str, launcher: Callable) -> None:
 
 
 def _why_not_built(error: Exception) -> str | None:
-    """Return, as text, what kept Triton from building its launcher, which is written in C, or None for another error.
+    """Return the reason why Triton did not build its launcher, which is written in C, or None for another error.
 
     Every `CalledProcessError` is taken for a failed compilation. "Failed to find C compiler" in the message of an error
     means that there is no compiler.

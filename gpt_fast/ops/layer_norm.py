@@ -72,10 +72,13 @@ def layer_norm(
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Raise `ValueError`, which names `op`, unless the arguments are valid for a layer norm.
+    """Validate the arguments of a layer norm.
 
     Valid are a floating x [..., C], `weight` and `bias` [C] or None, and a positive number `eps`. `weight` and `bias`
     are floating, of one dtype, which may differ from that of x, and on x's device. A bias needs a weight.
+
+    Raises:
+        ValueError: An argument is not valid. The message names `op` and the argument.
     """
     _checks.tensors(op, x=x)
     _checks.optional_tensors(op, weight=weight, bias=bias)

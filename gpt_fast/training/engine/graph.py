@@ -206,7 +206,7 @@ class GraphedStep:
                     group["lr"] = rate
 
     def _call_step(self, positional: int) -> Any:
-        """Call the step on the tensors that the graph reads, and return its results.
+        """Return the results of the step, called on the tensors that the graph reads.
 
         The first `positional` tensors are passed by position, all others by keyword.
         """
@@ -214,7 +214,7 @@ class GraphedStep:
         return self._step(*(x for _, x in values[:positional]), **dict(values[positional:]))
 
     def _run_eagerly(self, positional: int) -> Any:
-        """Run the step eagerly, and return its results. The first `positional` inputs are passed by position.
+        """Return the results of the step, run eagerly. The first `positional` inputs are passed by position.
 
         The step runs on the stream of the later capture, so that libraries allocate their workspaces for that stream.
         The host does not wait: the current stream waits for that one.
