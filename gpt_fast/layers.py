@@ -423,10 +423,11 @@ class TransformerDecoder(nn.Module):
         return _plain.add(hidden, x, p, seed, site + 3)
 
     def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
-        """Return ff(x) [B, T, C] for x [B, T, C].
+        """Return the output [B, T, C] of the block's feed-forward module `ff` for x [B, T, C].
 
-        If `ff` is an `MLP` of this library, it also gets `drops` (False switches its dropout off) and the dropout's
-        `seed` and `site`. Any other module, such as an adapter's wrapper, gets x alone.
+        If `ff` is an `MLP` of this library, its dropout mask follows from `seed`, int64 [1], and `site`, the number of
+        this dropout in the forward pass. Without a seed a new one is drawn. With `drops` False nothing is dropped. Any
+        other module, such as an adapter's wrapper, is called with x alone.
         """
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 

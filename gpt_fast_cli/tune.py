@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .terminal import AsJson, print_json, print_table, require_train_extra, say
+from .terminal import AsJson, Device, print_json, print_table, require_train_extra, resolve_device, say
 
 
 def tune(
@@ -14,36 +15,66 @@ def tune(
         list[str] | None,
         typer.Argument(metavar="[OP]...", help="Operations to tune; all that have a table by default."),
     ] = None,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the launch configurations of this GPU's kernels, and keep those that are faster than the shipped ones.
+    """Measure what is fastest on this machine, and keep it for every later program.
 
-    Every later program on this GPU uses the result: the file is in [bold]~/.config/gpt_fast/launch_configs[/bold], or
-    in the folder that the environment variable GPT_FAST_LAUNCH_CONFIGS names. Removing it undoes the tuning; an empty
-    variable ignores it. An operation takes minutes, because every configuration is compiled. It needs a CUDA device.
+    On a GPU these are the launch configurations of the kernels. An operation takes minutes, because every configuration
+    is compiled. On a CPU it is whether this library or PyTorch multiplies the matrices of [bold]linear[/bold], by dtype
+    and number of rows; without the measurement this library does. The file is in
+    [bold]~/.config/gpt_fast/launch_configs[/bold], or in the folder that the environment variable
+    GPT_FAST_LAUNCH_CONFIGS names. Removing it undoes the tuning; an empty variable ignores it.
 
     [bold]Examples[/bold]
 
     gpt-fast tune
 
     gpt-fast tune attention linear_cross_entropy
+
+    gpt-fast tune --device cpu
     """
     require_train_extra()
+    if resolve_device(device) == "cpu":
+        _tune_cpu(ops or ["linear"], as_json)
+    else:
+        _tune_gpu(ops, as_json)
+
+
+def _table(name: str) -> Path:
+    """Return the path of the user's table called `name`. Raise `ValueError` if the user wants no tables."""
+    from gpt_fast.kernels.user_tables import FOLDER, user_table
+
+    path = user_table(name)
+    if path is None:
+        raise ValueError(f"tune: {FOLDER} is empty; expected a folder to write to")
+    return path
+
+
+def _refuse_unknown(ops: list[str], known: list[str], device: str) -> None:
+    """Raise `ValueError` if `ops` holds a name that is not in `known`, the ops with a table on `device`."""
+    unknown = sorted(set(ops) - set(known))
+    if unknown:
+        raise ValueError(
+            f"tune: {', '.join(unknown)} has no table on {device}; expected {'one of ' * (len(known) > 1)}"
+            f"{', '.join(known)}"
+        )
+
+
+def _tune_gpu(ops: list[str] | None, as_json: bool) -> None:
+    """Tune the launch configurations of `ops` (None: all that have a table), and print what is faster than shipped.
+
+    A line is printed for each row of a table on stderr. With `as_json` all rows are printed as JSON.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        raise ValueError("tune: no CUDA device; expected a GPU to measure on")
     from gpt_fast import tuning
     from gpt_fast.kernels import launch_configs
 
     names = list(ops or launch_configs.TABLES)
-    unknown = sorted(set(names) - set(launch_configs.TABLES))
-    if unknown:
-        raise ValueError(f"tune: {', '.join(unknown)} has no table; expected one of {', '.join(launch_configs.TABLES)}")
+    _refuse_unknown(names, list(launch_configs.TABLES), "cuda")
     architecture = launch_configs.architecture(torch.device("cuda"))
-    path = launch_configs.user_table(architecture)
-    if path is None:
-        raise ValueError(f"tune: {launch_configs.FOLDER} is empty; expected a folder to write to")
+    path = _table(f"sm_{architecture}")
     measured = []
     for op, row, is_new in tuning.tune(names, path, architecture, torch.cuda.get_device_name(), tuning.median):
         say(f"{op} {row.kernel}, {row.element} bytes, up to {row.size}: {list(row.config)}{' (new)' if is_new else ''}")
@@ -54,3 +85,34 @@ def tune(
         return
     shown = [(f"{row['op']} {row['kernel']}", str(list(row["config"]))) for row in new]
     print_table(f"written to {path}", shown or [("-", "nothing is faster than what is shipped")])
+
+
+def _tune_cpu(ops: list[str], as_json: bool) -> None:
+    """Measure whose products are faster for `linear`, and print it as a table, or as JSON with `as_json`.
+
+    Raise `ValueError` if `ops` names another operation, and `RuntimeError` if the C++ kernel is not there.
+    """
+    from gpt_fast import ops as gpt_fast_ops
+    from gpt_fast.ops import _products
+
+    _refuse_unknown(ops, ["linear"], "cpu")
+    if gpt_fast_ops.serving("linear", "cpu") != "cpp":
+        raise RuntimeError("tune: linear has no C++ kernel here; `gpt-fast doctor` tells why")
+    path = _table("cpu")
+    rules = list(_products.tune(path))
+    if as_json:
+        entries = [{**rule._asdict(), "faster": "torch" if rule.by_torch else "gpt_fast"} for rule in rules]
+        print_json({"file": str(path), "rules": entries})
+        return
+    print_table(f"written to {path}", [(_described(rule), _compared(rule)) for rule in rules])
+
+
+def _described(rule) -> str:
+    """Return the dtype and number of rows of a `Rule` of the products as text."""
+    return f"{rule.dtype}{' by autocast' if rule.is_autocast else ''}, {rule.rows:,} rows"
+
+
+def _compared(rule) -> str:
+    """Return whose products were faster in a `Rule`, and both times in milliseconds, as text."""
+    faster = "PyTorch" if rule.by_torch else "gpt_fast"
+    return f"{faster} (gpt_fast {1e3 * rule.gpt_fast:.2f} ms, PyTorch {1e3 * rule.torch:.2f} ms)"

@@ -21,6 +21,7 @@ import torch
 import triton
 
 from .architectures import INTERPRETER, OLDEST, fits
+from .user_tables import FOLDER, user_table
 
 ANY = 1 << 30  # larger than every size
 
@@ -160,7 +161,6 @@ CANDIDATES: dict[str, list[Row]] = {
     ],
 }
 
-FOLDER = "GPT_FAST_LAUNCH_CONFIGS"  # environment variable: folder of the user's tables; empty if there is none
 FORMAT = 1  # version of the format of a user's table
 
 
@@ -190,20 +190,6 @@ def multiprocessors(device: torch.device) -> int:
     if triton.knobs.runtime.interpret:
         return 2  # fewer than there are tiles, as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def user_table(architecture: int) -> Path | None:
-    """Return the file for the user's own launch configurations on an architecture, or None if the user wants none.
-
-    The file is sm_<architecture>.json and need not exist. The environment variable GPT_FAST_LAUNCH_CONFIGS names its
-    folder, by default gpt_fast/launch_configs in $XDG_CONFIG_HOME or ~/.config. If the variable is set but empty, the
-    user wants none.
-    """
-    folder = os.environ.get(FOLDER)
-    if folder is None:
-        settings = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-        folder = os.path.join(settings, "gpt_fast", "launch_configs")
-    return Path(folder) / f"sm_{architecture}.json" if folder else None
 
 
 def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
@@ -280,7 +266,7 @@ def tables(architecture: int) -> dict[str, list[Row]]:
     interpreter has none. Raise `ValueError` if the user's file is damaged. The dict is cached, and `trying` changes it.
     """
     rows = {op: list(shipped) for op, shipped in TABLES.items()}
-    path = None if architecture == INTERPRETER else user_table(architecture)
+    path = None if architecture == INTERPRETER else user_table(f"sm_{architecture}")
     if path is None or not path.is_file():
         return rows
     made_by, measured = read_table(path)

@@ -487,13 +487,14 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
 
 
 def main() -> None:
-    """Compile the recorded launches of a JSON file, write the page of their figures, and check the figures.
+    """Compile recorded launches of kernels, write a page about the machine code, and check it against a budget.
 
-    The page is benchmarks/results/codegen-<minor version of Triton>.md. The figures are checked against the budget in
-    the JSON file beside it and against fixed limits. --update writes that budget first, --targeted compiles for
-    architectures with speed targets only, and --jobs is the number of processes. Messages and a count are printed. Exit
-    with code 1 if there is a message, else 0. Exit with an error if the budget is missing or of another version of
-    Triton.
+    The first argument of the command line is the JSON file that tools.record_launches wrote. The page is
+    benchmarks/results/codegen-<minor version of Triton>.md: registers, spilled bytes, shared memory and instructions of
+    each kernel. The JSON file beside it is the budget. --update writes it from this build before the check, --targeted
+    compiles for architectures with speed targets only, and --jobs is the number of processes. A line is printed for
+    each violation of the budget or of a fixed limit, then their number. Exit with code 1 if there is one, else 0. Exit
+    with an error if the budget is missing or of another version of Triton.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)

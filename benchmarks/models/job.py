@@ -43,11 +43,12 @@ class Job:
         return self.run(*inputs)
 
     def state_bytes(self) -> int | None:
-        """Return the bytes that stay in memory between calls, or None for an engine, which does not tell.
+        """Return the bytes that stay in memory between calls, or None for a job without a PyTorch model.
 
-        They are the model's parameters and buffers and the optimizer's state. If `generate` keeps a decode session on
-        the model, its cache counts too. So do its packed weights if their precision is not the model's. A session that
-        the caller passes to `generate` does not count.
+        They are the bytes of the model's parameters and buffers and of the optimizer's state. If `generate` keeps a
+        decode session on the model, the session's cache of keys and values counts too. Its packed copy of the weights
+        counts only in another precision than the model's. A session that the caller passes to `generate` does not
+        count. An inference engine such as OpenVINO has no PyTorch model, and does not tell its memory.
         """
         if self.model is None:
             return None

@@ -11,11 +11,11 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 
 
 def main() -> None:
-    """Write the pages and pictures of results, and print the paths of the devices' pages, or "no results".
+    """Write a page, README.md, and pictures into each device's folder of results, and print the paths of these pages.
 
-    If the command line names a folder, the results are read from the devices' folders in it. Otherwise they are read
-    from benchmarks/results. In that case the marked blocks of README.md and docs/index.md, and
-    docs/performance/results.md, are written too.
+    The devices' folders are those in the folder that the command line names, by default benchmarks/results. Only
+    without an argument the marked blocks of the checkout's README.md and docs/index.md, and the page
+    docs/performance/results.md, are rewritten too. "no results" is printed if there is none.
     """
     if len(sys.argv) > 1:
         pages = write_pages(Path(sys.argv[1]))

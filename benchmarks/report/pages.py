@@ -156,10 +156,11 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return Markdown for README.md: an overview picture, and for each device a link to its page.
+    """Return Markdown for README.md: a link to an overview picture, and for each device a link to its page.
 
-    The picture shows whole models on the device that has the most whole-model cases; it is left out if none has.
-    `folder` holds a folder for each device and must lie in the checkout.
+    Nothing is written. The picture is that of the device with the most whole-model cases; it is left out if none has
+    any. `folder` holds a folder of results for each device. A folder outside the checkout raises `ValueError`, because
+    the links are relative to the checkout.
     """
     lines = [picture(folder, README), ""]
     for path, runs in devices(folder).items():

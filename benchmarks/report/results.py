@@ -136,8 +136,9 @@ def read_folder(folder: Path) -> list[Run]:
 def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
     """Return [(study, content of its results file)] of one device's folder, in the order of `catalogue.studies`.
 
-    A study is a measurement with a table of its own. Its results beside a busy process follow its quiet ones. Files
-    that are missing are skipped, so the list may be empty. Raise `ValueError` if a file is not a sound results file.
+    A study is a measurement with a table of its own. A study that was also measured beside a busy process has a second
+    entry behind the first, whose content has "busy": True. Files that are missing are skipped, so the list may be
+    empty. Raise `ValueError` if a file is not a sound results file.
     """
     found = (
         (study, folder / file_name(name, busy)) for name, study in catalogue.studies().items() for busy in (False, True)

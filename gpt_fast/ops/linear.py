@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _cublaslt, _flops, _library
+from . import _checks, _cublaslt, _flops, _library, _products
 
 # On CPU the weight may be float32 where x has 16 bits: the kernels round it while they pack it, and its gradient is
 # float32 then. Autocast uses this.
@@ -55,8 +55,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
         Cost: on CPU a C++ kernel runs the matrix products of `mlp`. PyTorch's own products in bfloat16 and float16 are
-        up to 80 times as slow as in float32 where the CPU has no instructions for them. Everywhere else, for float64
-        and under `use_reference`, this op is `F.linear`, which is also its definition.
+        up to 80 times as slow as in float32 where the CPU has no instructions for them. Where they are faster,
+        `gpt-fast tune --device cpu` finds this out once for the machine. They serve from then on, and their bits may
+        depend on the number of threads. Everywhere else, for float64 and under `use_reference`, this op is `F.linear`,
+        which is also its definition.
 
         Source: `torch.nn.functional.linear`.
     """
@@ -73,16 +75,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}; expected [..., {weight.shape[1]}] as weight")
     _checks.shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
     if rounds or _library.has_kernel("linear", x):
-        return _library.apply(_Linear, x, weight, bias)
+        if not _products.serves_torch(x, rounds):
+            return _library.apply(_Linear, x, weight, bias)
+        x, weight = _library.autocast(x, weight)
     if bias is not None and x.is_cuda and torch.is_grad_enabled() and _cublaslt_serves(x, weight):
         return _library.apply(_CublasLtLinear, x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _cublaslt_serves(x: Tensor, weight: Tensor) -> bool:
-    """Return True if cuBLASLt can compute the backward pass of linear, and was measured to be faster than PyTorch.
+    """Return True if cuBLASLt computes the backward pass of linear for CUDA tensors x [..., C] and `weight` [N, C].
 
-    It computes the bias's gradient in the product that gives the weight's.
+    It does if the extension has it, x has 16 bits, C and N are multiples of 8, and the table of launch configurations
+    says that it was measured to be faster than PyTorch at this width. As shipped, the table says so for none.
     """
     sizes = weight.shape[1], weight.shape[0]
     return _library.allows_kernels(x) and _cublaslt.serves("linear", "cublaslt", "linear_cublaslt_backward", x, sizes)

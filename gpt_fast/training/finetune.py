@@ -54,11 +54,12 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
 
-    The folder has the weights of the best validation. Return the run's record, the content of run.json.
-    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user, both on
-    rank 0 only. `stop` tells whether a signal has asked the run to end. With --resume, a finished run that is not asked
-    for more epochs is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, and `ValueError`
-    for settings that contradict each other or do not fit the data.
+    The folder has the weights with the lowest validation loss, or the best value of the settings' metric. Return the
+    run's record, the content of run.json. `show(progress)` is called after each update with a `Progress`, and
+    `say(line)` with lines for the user, both on rank 0 only. Once a signal has reached `stop`, the run saves a
+    checkpoint to resume from and raises `Interrupted`. With --resume, a finished run that is not asked for more epochs
+    is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, and `ValueError` for settings that
+    contradict each other or do not fit the data.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read

@@ -203,13 +203,13 @@ def marks(config: GPTConfig) -> Marks:
 def new_model(
     task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
 ) -> Head:
-    """Return the model for a task: the task's head on the trunk of the run in `source`.
+    """Return the model for a task, made by `make(head, source, **overrides)`.
 
-    `make(head, source, **overrides)` loads the trunk or draws new weights, with `overrides` of the configuration.
-    `lm_weight` is the weight of the language model's loss, and `classifier_bias` gives the output layer a bias. `names`
-    are the names of the classes or choices, none for numbers and spans. The head reads the extract token, with a
-    dropout of 0.1. For a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, and all other
-    arguments are ignored.
+    `make` builds a model of the class `head` with the configuration of the run in `source`, changed by `overrides`. It
+    decides whether the run's weights are loaded or new ones drawn. The head class is the task's. It reads the extract
+    token, with a dropout of 0.1. `lm_weight` is the weight of the language model's loss, and `classifier_bias` gives
+    the output layer a bias. `names` holds the names of the classes or choices, and is empty for numbers and spans. For
+    a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, without overrides.
     """
     if task.writes:
         return make(task.task.head, source)

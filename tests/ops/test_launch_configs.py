@@ -225,7 +225,7 @@ def tune_chunks(folder, fastest=5632, names=("linear_cross_entropy",), device=CA
         rows = launch_configs.pick("linear_cross_entropy", "chunk", 90, 2, 768)[0]
         return 1 + abs(math.log2(rows / fastest))
 
-    path = launch_configs.user_table(90)
+    path = launch_configs.user_table("sm_90")
     return path, list(tuning.tune(list(names), path, 90, device, timer))
 
 
@@ -250,7 +250,7 @@ def test_a_tuned_row_serves_and_the_shipped_ones_stay(folder, no_work):
 
 def test_tuning_starts_from_what_is_shipped_and_keeps_rows_of_other_ops(folder, no_work):
     tune_chunks(folder, fastest=5632)
-    path = launch_configs.user_table(90)
+    path = launch_configs.user_table("sm_90")
     _, before = launch_configs.read_table(path)
     list(tuning.tune(["embedding"], path, 90, CARD, lambda run: 1.0))
     assert launch_configs.read_table(path)[1]["linear_cross_entropy"] == before["linear_cross_entropy"]
@@ -263,17 +263,17 @@ def test_an_empty_variable_means_no_table(folder, no_work, monkeypatch):
     tune_chunks(folder)
     monkeypatch.setenv(launch_configs.FOLDER, "")
     launch_configs.forget()
-    assert launch_configs.user_table(90) is None
+    assert launch_configs.user_table("sm_90") is None
     assert launch_configs.pick("linear_cross_entropy", "chunk", 90, 2, 768) == (2816,)
 
 
 def test_without_the_variable_the_table_is_in_the_users_settings(monkeypatch, tmp_path):
     monkeypatch.delenv(launch_configs.FOLDER, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    assert launch_configs.user_table(90) == tmp_path / "settings/gpt_fast/launch_configs/sm_90.json"
+    assert launch_configs.user_table("sm_90") == tmp_path / "settings/gpt_fast/launch_configs/sm_90.json"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert launch_configs.user_table(90) == tmp_path / ".config/gpt_fast/launch_configs/sm_90.json"
+    assert launch_configs.user_table("sm_90") == tmp_path / ".config/gpt_fast/launch_configs/sm_90.json"
 
 
 ROW = {"op": "attention", "kernel": "fwd", "architecture": 90, "element": 2, "size": 64, "config": [64, 64, 4, 2]}
@@ -296,7 +296,7 @@ def test_a_damaged_table_is_said_to_be_damaged(content, message, folder):
     if isinstance(content, dict):
         rows = [ROW | {"source": "measured: A card"} | content]
         content = json.dumps({"format": 1, "device": CARD, "triton": triton.__version__, "rows": rows})
-    path = launch_configs.user_table(90)
+    path = launch_configs.user_table("sm_90")
     path.write_text(content, "utf-8")
     with pytest.raises(ValueError, match=message) as raised:
         launch_configs.pick("attention", "fwd", 90, 2, 64)
@@ -337,14 +337,17 @@ def test_the_command_writes_the_table(folder, no_work, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "median", lambda run: float(launch_configs.pick("embedding", "rows", 90, 4, 768)[0]))
     command(["embedding"], as_json=True)
     shown = json.loads(capsys.readouterr().out)
-    assert shown["file"] == str(launch_configs.user_table(90))
+    assert shown["file"] == str(launch_configs.user_table("sm_90"))
     assert [(row["config"][0], row["new"]) for row in shown["rows"]] == [(1, True)]
     assert launch_configs.pick("embedding", "rows", 90, 4, 768)[0] == 1
 
 
 @pytest.mark.parametrize(
     ("names", "has_gpu", "message"),
-    [(["attention"], False, "no CUDA device; expected a GPU"), (["softcap"], True, "softcap has no table; expected")],
+    [
+        (["attention"], False, "attention has no table on cpu; expected linear"),
+        (["softcap"], True, "softcap has no table on cuda; expected one of"),
+    ],
     ids=["no_gpu", "unknown_op"],
 )
 def test_the_command_refuses(names, has_gpu, message, monkeypatch):

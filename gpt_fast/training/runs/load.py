@@ -117,11 +117,11 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
 
 
 def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
-    """Return a model of class `head` with the weights of the run in `source`, to which an adapter is added.
+    """Return a model of class `head` with the weights of the run in `source`. The caller adds an adapter to it.
 
-    The weights are the same each time, even those drawn for a new head and for special tokens that the run lacks: they
-    are drawn with the seed 0, and the state of torch's random numbers is put back. `overrides` replace fields of the
-    configuration.
+    The weights are the same at each call, because an adapter is saved without them. Those that the run lacks, for a new
+    head or for special tokens, are drawn with the seed 0, and torch's random state is restored afterwards. `overrides`
+    replace fields of the run's configuration.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

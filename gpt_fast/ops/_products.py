@@ -1,0 +1,170 @@
+"""Which library multiplies the matrices of `linear` on a CPU: this one, or PyTorch where it was measured to be faster.
+
+The rule is measured once for a machine, by `gpt-fast tune`, and kept in the user's table "cpu". Without that table the
+C++ kernel serves. Nothing is measured while a model runs, because a noisy second would then change the bits of its
+results.
+"""
+
+import functools
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .. import _files, _transforms
+from ..kernels.user_tables import user_table
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROWS = (16, 128, 1024)  # the numbers of rows that are measured, each for all numbers from the one before
+SIZES = (768, 2304)  # C and N of the weight that is measured
+GAIN = 0.95  # PyTorch's time has to be this much shorter, or noise would decide
+
+
+class Rule(NamedTuple):
+    """What was measured for one dtype and number of rows: forward and backward of `linear` by both libraries."""
+
+    dtype: str  # of the products, a key of DTYPES
+    is_autocast: bool  # whether the weight is float32 and the dtype that of autocast
+    rows: int  # one of ROWS
+    gpt_fast: float  # seconds
+    torch: float  # seconds
+
+    @property
+    def by_torch(self) -> bool:
+        """Return True if PyTorch's products were faster."""
+        return self.torch < GAIN * self.gpt_fast
+
+
+def machine() -> dict[str, str]:
+    """Return what a rule holds for, by name: the CPU's model and instructions, PyTorch's version and its threads."""
+    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {
+        "device": f"{model}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def serves_torch(x: torch.Tensor, rounds: bool) -> bool:
+    """Return True if PyTorch's products were measured to be faster for `linear` of x [..., C] on this CPU.
+
+    `rounds` says whether the weight is float32 and x has the 16-bit dtype of autocast.
+    """
+    known = _known()
+    if not known:
+        return False
+    of_dtype = known.get((x.dtype, rounds))
+    if of_dtype is None or x.numel() == 0:
+        return False
+    rows = x.numel() // x.shape[-1]
+    return next((by_torch for most, by_torch in of_dtype if rows <= most), of_dtype[-1][1])
+
+
+@_transforms.constant_in_graphs
+def _known() -> dict[tuple[torch.dtype, bool], list[tuple[int, bool]]]:
+    """Return {(dtype, is_autocast): [(most rows, True if PyTorch serves), …]}, ascending, from the user's table."""
+    return _read(user_table("cpu"))
+
+
+@functools.cache
+def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], list[tuple[int, bool]]]:
+    """Return what `_known` does, from the file `path`; an empty dict for None, no file, or another machine's file.
+
+    Warn if the file is another machine's. The result is cached.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        made_by = {name: table[name] for name in machine()}
+        if table["format"] != FORMAT:
+            raise ValueError(f"format {table['format']!r}")
+        rules = [Rule(**entry) for entry in table["rules"]]
+        known: dict[tuple[torch.dtype, bool], list[tuple[int, bool]]] = {}
+        for rule in sorted(rules, key=lambda rule: rule.rows):
+            known.setdefault((DTYPES[rule.dtype], bool(rule.is_autocast)), []).append((rule.rows, rule.by_torch))
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"gpt_fast: {path} has {what}; expected a table of products: remove it, or run gpt-fast tune --device cpu"
+        ) from error
+    if made_by != machine():
+        warnings.warn(
+            f"gpt_fast: {path} was measured on {made_by}; expected {machine()}, so the C++ kernel serves: "
+            "run gpt-fast tune --device cpu",
+            stacklevel=2,
+        )
+        return {}
+    return known
+
+
+def forget() -> None:
+    """Read the user's table again at the next call."""
+    _read.cache_clear()
+
+
+def tune(path: Path) -> Iterator[Rule]:
+    """Yield a measured `Rule` for each dtype and number of rows, then write all of them to `path`, the user's table."""
+    rules = []
+    for name, dtype in DTYPES.items():
+        for is_autocast in (False, True) if dtype != torch.float32 else (False,):
+            for rows in ROWS:
+                rules.append(Rule(name, is_autocast, rows, *_seconds(*_contenders(dtype, is_autocast, rows))))
+                yield rules[-1]
+    content: dict[str, Any] = {"format": FORMAT, **machine(), "rules": [rule._asdict() for rule in rules]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_json(path, content)
+    forget()
+
+
+def _contenders(dtype: torch.dtype, is_autocast: bool, rows: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return two functions that run forward and backward of a linear layer: by the C++ kernel, and by PyTorch.
+
+    The operands have `dtype`, but with `is_autocast` the weight and its gradient are float32.
+    """
+    C, N = SIZES
+    x, dy, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, C), (rows, N), (N,)))
+    weight = torch.randn(N, C).to(torch.float32 if is_autocast else dtype)
+
+    def ours() -> None:
+        torch.ops.gpt_fast.linear_forward(x, weight, bias)
+        torch.ops.gpt_fast.linear_backward(dy, x, weight, True, True, True)
+
+    def theirs() -> None:
+        cast = weight.to(dtype)
+        F.linear(x, cast, bias)
+        dy.mm(cast), dy.t().mm(x).to(weight.dtype), dy.sum(0)
+
+    return ours, theirs
+
+
+def _seconds(*contenders: Callable[[], object], most: float = 1.0) -> list[float]:
+    """Return the median time of each function in seconds. They take turns: three to 15 rounds, within `most` seconds.
+
+    A round before is not timed.
+    """
+    times: list[list[float]] = [[] for _ in contenders]
+    started = time.perf_counter()
+    for turn in range(16):
+        if turn > 3 and time.perf_counter() - started > most:
+            break
+        for run, of_run in zip(contenders, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if turn:
+                of_run.append(time.perf_counter() - start)
+    return [statistics.median(of_run) for of_run in times]
