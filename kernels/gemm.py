@@ -125,7 +125,8 @@ def product(
     The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B: a pointer
     for A_MODE or B_MODE 0, a tensor descriptor of blocks [BLOCK_M or BLOCK_N, BLOCK_K] for 1, and one of blocks
     [BLOCK_K, BLOCK_M or BLOCK_N] of the transposed matrix for 2. Only mode 0 reads the strides. PRECISION is the
-    `input_precision` of `tl.dot` for float32 operands. Rows and columns of the result past its ends are 0.
+    `input_precision` of `tl.dot` for float32 operands, or "interpreter" in Triton's interpreter. Rows and columns of
+    the result past its ends are 0.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):

@@ -66,7 +66,7 @@ def _ours(case: Case, weights: str | None = None) -> Job:
         session.reset()
         return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, session=session)
 
-    return Job(model, run, work=work)
+    return Job(model, run, work=work, session=session)
 
 
 def _packed_missing(case: Case) -> str | None:

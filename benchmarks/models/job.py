@@ -23,6 +23,7 @@ class Job:
         run: Callable[..., object],
         optimizer: optim.Optimizer | None = None,
         work: Work | None = None,
+        session: gpt_fast.DecodeSession | None = None,
     ):
         """Store the function to time, and what it keeps in memory.
 
@@ -32,11 +33,13 @@ class Job:
             optimizer: the optimizer of a training step, or None.
             work: the job's unavoidable bytes and FLOPs, or None if they are the case's. They differ for weights of
                 another dtype.
+            session: the decode session that all calls use, or None.
         """
         self.model = model
         self.run = run
         self.optimizer = optimizer
         self.work = work
+        self.session = session
 
     def __call__(self, *inputs: Tensor) -> object:
         """Call the job's function with the inputs of a case, and return its result."""
@@ -45,21 +48,18 @@ class Job:
     def state_bytes(self) -> int | None:
         """Return the bytes that stay in memory between calls, or None for a job without a PyTorch model.
 
-        They are the bytes of the model's parameters and buffers and of the optimizer's state. If `generate` keeps a
-        decode session on the model, the session's cache of keys and values counts too. Its packed copy of the weights
-        counts only in another precision than the model's. A session that the caller passes to `generate` does not
-        count. An inference engine such as OpenVINO has no PyTorch model, and does not tell its memory.
+        They are the bytes of the model's parameters and buffers and of the optimizer's state. A decode session adds its
+        cache of keys and values, and on a CPU the weights that it has packed for its steps. An inference engine such as
+        OpenVINO has no PyTorch model, and does not tell its memory.
         """
         if self.model is None:
             return None
-        holder = getattr(self.model, "_kept_session", None)
-        kept = holder.session if holder is not None else None
-        packed = 0
-        if kept is not None:
-            packed = kept.cache.keys.nbytes + kept.cache.values.nbytes
-            if kept.kind in WEIGHTS and kept.kind != str(next(self.model.parameters()).dtype).removeprefix("torch."):
-                packed += kept._step.weights.bytes
-        return packed + sum(tensor.nbytes for tensor in self._state())
+        kept = sum(tensor.nbytes for tensor in self._state())
+        if self.session is not None:
+            kept += self.session.cache.keys.nbytes + self.session.cache.values.nbytes
+            if self.session.kind in WEIGHTS:
+                kept += self.session._step.weights.bytes
+        return kept
 
     def _state(self) -> Iterator[Tensor]:
         """Yield the model's parameters and buffers, then the tensors of the optimizer's state if there is an optimizer.

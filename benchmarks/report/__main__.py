@@ -13,6 +13,8 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 def main() -> None:
     """Write a page, README.md, and pictures into each device's folder of results, and print the paths of these pages.
 
+    Other *.png files in such a folder are deleted.
+
     The devices' folders are those in the folder that the command line names, by default benchmarks/results. Only
     without an argument the marked blocks of the checkout's README.md and docs/index.md, and the page
     docs/performance/results.md, are rewritten too. "no results" is printed if there is none.

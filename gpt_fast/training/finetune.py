@@ -58,8 +58,8 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
     run's record, the content of run.json. `show(progress)` is called after each update with a `Progress`, and
     `say(line)` with lines for the user, both on rank 0 only. Once a signal has reached `stop`, the run saves a
     checkpoint to resume from and raises `Interrupted`. With --resume, a finished run that is not asked for more epochs
-    is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, and `ValueError` for settings that
-    contradict each other or do not fit the data.
+    is left as it is. Raise `FileNotFoundError` if the folder of --from holds no run, `FileExistsError` if --out
+    may not be written, and `ValueError` for settings that contradict each other or do not fit the data.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read

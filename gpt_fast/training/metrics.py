@@ -291,5 +291,5 @@ def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(`loss`) for a loss in nats per token, or infinity if it is 700 or more, which may overflow, or NaN."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """Return exp(`loss`) for a loss in nats per token: infinity if it is 700 or more, NaN if it is NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -242,7 +242,12 @@ def test_whole_models_run(name, monkeypatch):
         if name in ("prefill", "generation"):
             assert out.shape == (2, tokens.shape[1] + (5 if name == "generation" else 1)), peer.name
             assert out[:, : tokens.shape[1]].equal(tokens)
-            assert job.state_bytes() >= 4 * counts.parameters(SMALL)
+            least = 4 * counts.parameters(SMALL)
+            if job.session is not None and job.session.kind != "torch":  # the matrices are packed beside the parameters
+                width = SMALL.hidden_dim
+                matrices = 12 * SMALL.num_layers * width**2 + SMALL.num_tokens * width
+                least += {"float32": 4, "bfloat16": 2, "int8": 1, "int8-a16": 1}[job.session.kind] * matrices
+            assert job.state_bytes() >= least, peer.name
         else:
             classes = 2 if name == "finetuning_step" else SMALL.num_tokens
             assert float(out) == pytest.approx(math.log(classes), abs=0.7), peer.name

@@ -321,6 +321,18 @@ def test_the_merge_is_pefts(adapted):
         torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_the_base_of_an_adapter_leaves_every_generator_as_it_is(adapted, monkeypatch):
+    """GPUs' generators are not seeded, which `fork_rng` without devices would not restore."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail(f"the GPUs were seeded with {seed}"))
+    before = torch.get_rng_state()
+    options = {"num_labels": 2, "pooling": "extract"}
+    first, second = (
+        adapter_base(GPTForSequenceClassification, adapted.parent / "foreign", **options) for _ in range(2)
+    )
+    assert torch.equal(first.classifier.weight, second.classifier.weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_merged_adapter_is_a_run_of_its_own(adapted, tmp_path, cli):
     """The merged run evaluates as the run with the adapter does."""
     succeed(cli("convert", "--from", adapted, "--to", "gpt-fast", "--out", tmp_path / "merged"))

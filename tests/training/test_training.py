@@ -125,6 +125,13 @@ def test_fine_tuning_defaults_are_the_papers(monkeypatch, tmp_path):
     assert recipes.finetuning_lr(tmp_path) == 6.25e-5  # weights from elsewhere, without a record
     (tmp_path / "run.json").write_text('{"lr": 2e-3}')
     assert recipes.finetuning_lr(tmp_path) == 5e-4
+    (tmp_path / "run.json").write_text('{"lr": null}')
+    assert recipes.finetuning_lr(tmp_path) == 6.25e-5
+
+
+def test_perplexity_of_losses_beyond_numbers():
+    assert evaluation.perplexity(0.0) == 1.0 and evaluation.perplexity(1000.0) == math.inf
+    assert math.isnan(evaluation.perplexity(math.nan))
 
 
 # --- optimizer ---

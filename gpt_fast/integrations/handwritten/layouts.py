@@ -154,7 +154,8 @@ def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
     """Return the path of the first activation module inside the module at the path `mlp`, or "" if it has none.
 
     `modules` maps paths, relative to the block, to the modules of a block, in the order of `named_modules`. The result
-    is one of its keys. With `mlp` "" all modules are searched. `_is_activation` decides what an activation is.
+    is one of its keys. With `mlp` "" all modules are searched. Any module without parameters and children counts as an
+    activation, except dropout and identity.
     """
     inside = (path for path in modules if path.startswith(f"{mlp}." if mlp else "") and _is_activation(modules[path]))
     return next(inside, "")

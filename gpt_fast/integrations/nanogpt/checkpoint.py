@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _load(path: Path) -> Any:
     """Return what `torch.save` wrote into a file, without running code of the file; tensors are mapped, on the CPU.
 
-    Raises `ValueError` if the file is damaged or compressed, or holds anything but tensors and plain values.
+    Raise `ValueError` if the file is missing, damaged or compressed, or holds anything but tensors and plain values.
     """
     _check_archive(path)
     try:

@@ -390,8 +390,8 @@ def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
     """Raise `ValueError` if the file of a run's weights, or of its adapter, has another size than `record` says.
 
     The run is in `folder`. `record` is the content of the run's run.json. If `whole`, compare the SHA-256 of the file
-    too, which reads all of it. Records of older versions say nothing of the weights; then nothing is compared. Raise
-    `FileNotFoundError` if the file is missing.
+    too, which reads all of it. Raise `FileNotFoundError` if the file is missing. Records of older versions do not name
+    the weights; then nothing is compared or raised, even if the file is missing.
     """
     expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):

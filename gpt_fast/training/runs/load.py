@@ -120,11 +120,11 @@ def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead
     """Return a model of class `head` with the weights of the run in `source`. The caller adds an adapter to it.
 
     The weights are the same at each call, because an adapter is saved without them. Those that the run lacks, for a new
-    head or for special tokens, are drawn with the seed 0, and torch's random state is restored afterwards. `overrides`
-    replace fields of the run's configuration.
+    head or for special tokens, are drawn on the CPU with the seed 0. torch's random state is restored afterwards.
+    `overrides` replace fields of the run's configuration.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs' generators too, for good
         return load_for_task(source, head.from_pretrained, overrides)
 
 

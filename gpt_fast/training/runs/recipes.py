@@ -74,7 +74,7 @@ def finetuning_lr(source: Path) -> float:
     a quarter of the rate in the record, which is the ratio of the two rates in the paper.
     """
     record = read_record(source)
-    return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
+    return FINETUNE_LR if record.get("lr") is None or record.get("preset") else record["lr"] / 4
 
 
 def complete(settings: S, recipe: Recipe) -> S:
