@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 FLUSH_BYTES = 512 << 20  # several times any L2; clearing it also keeps the GPU busy while the next launch is prepared
-LONG = 1.0  # seconds; a longer call is repeated a few times only
+LONG = 1.0  # seconds; the warm-up repeats calls for half as long
 VERY_LONG = 8.0  # seconds; a longer first call is the only one
 Call = Callable[[], object]
 
@@ -141,9 +141,10 @@ class Stopwatch:
     def warm_up(self) -> float:
         """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last one.
 
-        No further call is made after LONG / 2 (0.5) seconds of these. The last call is recorded as a round if it took
-        more than LONG (1 s). If the first call took more than VERY_LONG (8 s) and does not compile, it is the only one:
-        it is recorded as a round, and its seconds are returned.
+        No further call is made after LONG / 2 (0.5) seconds of these. The last call is recorded as a round only if it
+        took more than VERY_LONG (8 s). The second step of a training still takes fresh memory, because the first has
+        left the optimizer's state between what it freed. If the first call took more than VERY_LONG and does not
+        compile, it is the only one: it is recorded as a round, and its seconds are returned.
         """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:
@@ -153,7 +154,7 @@ class Stopwatch:
         duration = self.call()
         while self.taken < 4 and time.perf_counter() - began < LONG / 2:
             duration = self.call()
-        if duration > LONG:
+        if duration > VERY_LONG:
             self.keep(duration, -1)
         return duration
 
@@ -196,6 +197,6 @@ def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
     for lap in range(laps):
         order.shuffle(planned)
         for watch, rounds in planned:
-            # Spread evenly over the laps; a long call of the warm-up was the first round.
+            # Spread evenly over the laps; the only call of a very long one is its round already.
             if len(watch.seconds) < rounds * (lap + 1) // laps:
                 watch.keep(watch.call(), lap)
