@@ -61,27 +61,27 @@ def serves_torch(x: torch.Tensor, rounds: bool) -> bool:
 
     `rounds` says whether the weight is float32 and x has the 16-bit dtype of autocast.
     """
-    known = _known()
-    if not known:
-        return False
-    of_dtype = known.get((x.dtype, rounds))
-    if of_dtype is None or x.numel() == 0:
+    classes = _classes(x.dtype, rounds)
+    if not any(by_torch for _, by_torch in classes) or x.numel() == 0:
         return False
     rows = x.numel() // x.shape[-1]
-    return next((by_torch for most, by_torch in of_dtype if rows <= most), of_dtype[-1][1])
+    return next((by_torch for most, by_torch in classes if rows <= most), classes[-1][1])
 
 
 @_transforms.constant_in_graphs
-def _known() -> dict[tuple[torch.dtype, bool], list[tuple[int, bool]]]:
-    """Return {(dtype, is_autocast): [(most rows, True if PyTorch serves), …]}, ascending, from the user's table."""
-    return _read(user_table("cpu"))
+def _classes(dtype: torch.dtype, is_autocast: bool) -> tuple[tuple[int, bool], ...]:
+    """Return (most rows, True if PyTorch serves) for each measured number of rows, ascending, from the user's table.
+
+    The result is empty if the table has nothing for the dtype.
+    """
+    return tuple(_read(user_table("cpu")).get((dtype, is_autocast), ()))
 
 
 @functools.cache
 def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], list[tuple[int, bool]]]:
-    """Return what `_known` does, from the file `path`; an empty dict for None, no file, or another machine's file.
+    """Return {(dtype, is_autocast): [(most rows, True if PyTorch serves), …]} of the table `path`, ascending.
 
-    Warn if the file is another machine's. The result is cached.
+    It is empty for None, no file, or another machine's file, which gives a warning. The result is cached.
 
     Raises:
         ValueError: The file is damaged.
