@@ -74,14 +74,19 @@ def _classes(dtype: torch.dtype, is_autocast: bool) -> tuple[tuple[int, bool], .
 
     The result is empty if the table has nothing for the dtype.
     """
-    return tuple(_read(user_table("cpu")).get((dtype, is_autocast), ()))
+    return _table().get((dtype, is_autocast), ())
 
 
 @functools.cache
-def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], list[tuple[int, bool]]]:
-    """Return {(dtype, is_autocast): [(most rows, True if PyTorch serves), …]} of the table `path`, ascending.
+def _table() -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
+    """Return `_read` of the user's table. The result is cached, because finding the file takes 10 µs."""
+    return _read(user_table("cpu"))
 
-    It is empty for None, no file, or another machine's file, which gives a warning. The result is cached.
+
+def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
+    """Return {(dtype, is_autocast): ((most rows, True if PyTorch serves), …)} of the table `path`, ascending.
+
+    It is empty for None, no file, or another machine's file, which gives a warning.
 
     Raises:
         ValueError: The file is damaged.
@@ -94,9 +99,10 @@ def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], list[tuple[int, b
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
         rules = [Rule(**entry) for entry in table["rules"]]
-        known: dict[tuple[torch.dtype, bool], list[tuple[int, bool]]] = {}
+        known: dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]] = {}
         for rule in sorted(rules, key=lambda rule: rule.rows):
-            known.setdefault((DTYPES[rule.dtype], bool(rule.is_autocast)), []).append((rule.rows, rule.by_torch))
+            key = DTYPES[rule.dtype], bool(rule.is_autocast)
+            known[key] = (*known.get(key, ()), (rule.rows, rule.by_torch))
     except (ValueError, KeyError, TypeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(
@@ -114,7 +120,7 @@ def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], list[tuple[int, b
 
 def forget() -> None:
     """Read the user's table again at the next call."""
-    _read.cache_clear()
+    _table.cache_clear()
 
 
 def tune(path: Path) -> Iterator[Rule]:
