@@ -206,10 +206,10 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (name, text) for each known metric in `measured`, as rows for `print_table`, in a fixed order.
 
-    `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number. Beside
-    "accuracy", "macro_f1", "mse" and "choice_accuracy" it names the score of a constant or random answer. `measured`
-    must hold these scores as "majority_accuracy", "majority_macro_f1", "mean_mse" and "chance", and a missing one
-    raises `KeyError`. Metrics that this function does not know are left out.
+    `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number. For "accuracy",
+    "macro_f1", "mse" and "choice_accuracy" the text goes on with the score of a constant or random answer, which is
+    another entry of `measured`: "majority_accuracy", "majority_macro_f1", "mean_mse" or "chance". If it is missing
+    there, `KeyError` is raised. Metrics that this function does not know are left out.
     """
     constant = "always the commonest label"
     lines = (

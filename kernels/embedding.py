@@ -70,10 +70,12 @@ def _bwd_kernel(
     It goes to grad if the chunk has all of them. It goes to partial [chunk, 0] if the first of them lie in the chunk
     before. Otherwise more of them follow in the next chunk, and it goes to partial [chunk, 1].
 
-    A table row with lookups in three chunks or more has the middle sums in partial [chunk, 0] of their chunks. Entries
-    of partial [chunks, 2, C] that no sum belongs to are not written. With HAS_DROPOUT a row of dout is multiplied by
-    the mask of the forward pass first: `seed_ptr` and `site`, the number of this dropout, give random bits, those below
-    `threshold` drop an element, and `scale` is 1 / (1 - p). The grid is (chunks, blocks of columns).
+    A table row with lookups in three chunks or more has the middle sums in partial [chunk, 0] of their chunks.
+    `_bwd_reduce_kernel` adds up `partial_ptr`, float32 [chunks, 2, C], and finds by `ids_ptr` which of its entries were
+    written. Rows of `grad_ptr` [rows of the table, C] without a lookup keep what they hold. With HAS_DROPOUT a row of
+    dout is multiplied by the mask of the forward pass first: `seed_ptr` and `site`, the number of this dropout, give
+    random bits, those below `threshold` drop an element, and `scale` is 1 / (1 - p). The grid is (chunks, blocks of
+    columns).
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -492,8 +492,8 @@ def main() -> None:
     The first argument of the command line is the JSON file that tools.record_launches wrote. The page is
     benchmarks/results/codegen-<minor version of Triton>.md: registers, spilled bytes, shared memory and instructions of
     each kernel. The JSON file beside it is the budget. --update writes it from this build before the check. --targeted
-    compiles for architectures with speed targets only, and writes page and budget without the others. --jobs is the
-    number of processes. A line is printed for
+    compiles for architectures with speed targets only. The page, and with --update the budget, then lack the others,
+    whose budget is not checked. --jobs is the number of processes. A line is printed for
     each violation of the budget or of a fixed limit, then their number. Exit with code 1 if there is one, else 0. Exit
     with an error if the budget is missing or of another version of Triton.
     """

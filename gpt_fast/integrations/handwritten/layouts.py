@@ -75,8 +75,8 @@ def part(block: Any, path: str) -> Any:
 def layouts(block: nn.Module) -> Iterator[Layout]:
     """Yield each `Layout` (the paths of norms, attention and MLP) that fits the modules of `block`.
 
-    Rows of the table `LAYOUTS` come first. If none of them fits, the layout that the structure suggests follows, if
-    any.
+    They are the rows of the table `LAYOUTS` whose paths lead to modules of the right kinds. If there is none, it is the
+    one layout that the structure of `block` suggests, or nothing.
     """
     known = [layout for layout in LAYOUTS if _is_there(block, layout)]
     yield from known
