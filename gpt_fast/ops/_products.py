@@ -8,7 +8,6 @@ results.
 import functools
 import json
 import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -173,4 +172,4 @@ def _seconds(*contenders: Callable[[], object], most: float = 1.0) -> list[float
             run()
             if turn:
                 of_run.append(time.perf_counter() - start)
-    return [statistics.median(of_run) for of_run in times]
+    return [sorted(of_run)[len(of_run) // 2] for of_run in times]
