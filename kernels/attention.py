@@ -290,13 +290,14 @@ def _walked_position(start, walk, dropout):
 
 
 @triton.jit
-def _keep(i, j, dropout):
+def _keep(i, j, dropout, COMPARES: tl.constexpr):
     """Return a bool tile, True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout.
 
     `i` and `j` are positions within a sequence that broadcast against each other. A probability is kept if its 16
-    random bits, a function of i, j and the Dropout's seed, site and matrix number, are at least its threshold.
+    random bits, a function of i, j and the Dropout's seed, site and matrix number, are at least its threshold. COMPARES
+    is that of `keep_matrix`: "rotated" for keys along a tile's columns, "upper" for keys along its rows.
     """
-    return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
+    return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, COMPARES)
 
 
 @triton.jit
@@ -339,7 +340,7 @@ def _fwd_tile(
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, axis=1)
     if dropout.seed_ptr is not None:
-        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
+        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout, "rotated")
         p = tl.where(keep, p, dropped)
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     if MASKED and masks.key_mask_ptr is not None:
@@ -455,7 +456,7 @@ def _bwd_dq_tile(
     j = (start + walk.offs)[None, :]
     dp = dot(do, tl.trans(v), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     if dropout.seed_ptr is not None:
-        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
+        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout, "rotated")
         dp = tl.where(keep, dp, 0.0)
     ds = p * (dp - delta[:, None])
     if MASKED:
@@ -598,7 +599,7 @@ def _bwd_dkdv_tile(
     if dropout.seed_ptr is not None:
         # The sign stores whether a weight is kept, so that one select serves both products. delta is already multiplied
         # by 1 - p. The scale of dropout is applied once, at the end.
-        keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout)
+        keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout, "upper")
         signed = tl.where(keep, p, -p)
         z = tl.maximum(signed, 0.0, propagate_nan=tl.PropagateNan.ALL)
         ds = z * dp - tl.abs(signed) * delta[None, :]

@@ -48,7 +48,7 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 
 @triton.jit
-def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False):
+def keep_matrix(i, j, b, site, threshold, seed_ptr, COMPARES: tl.constexpr = "lower"):
     """Return bool [M, N], True where dropout keeps the element (i, j) of matrix b.
 
     The ints i, j and b broadcast to [M, N]. This is the rule of attention and mlp. `site` is the number of the dropout
@@ -56,9 +56,13 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
     least `threshold`. `seed_ptr` points to one int64.
 
     i and j may stand on either axis. The bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers.
-    In the accumulators of matrix instructions those are bits of the register, so one call serves many elements. If
-    UPPER, the 16 bits are compared in the upper half of their word, whatever the lower half holds: for an odd j that
-    saves an instruction. UPPER does not work with a threshold of 0, for which `dropping_seed` returns no seed.
+    In the accumulators of matrix instructions those are bits of the register, so one call serves many elements.
+
+    COMPARES chooses the instructions, not the result. With "lower" the 16 bits are compared alone, in the lower half of
+    a word. With "upper" and "rotated" they are compared in the upper half, whatever the lower half holds, which saves
+    an instruction for an odd j. A threshold of 0 does not work then; `dropping_seed` returns no seed for it. For an
+    even j "upper" shifts the word, which suits a thread whose elements all have an odd j or all an even one. "rotated"
+    suits a thread that has both: of a shifted word LLVM computes the lower half alone, once more beside the whole word.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2
@@ -66,10 +70,16 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
     w0, w1, w2, w3 = _philox(c0, c1, b.to(tl.uint32), site.to(tl.uint32), seed_ptr)
     odd_j = (j // 8) % 2 == 1
     bits = tl.where((i // 8) % 2 == 1, tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0))
-    if UPPER:
-        keep = (bits << (16 * (1 - j % 2))) > (threshold.to(tl.uint32) << 16) - 1
-    else:
+    if COMPARES == "lower":
         keep = ((bits >> (16 * (j % 2))) & 0xFFFF) >= threshold
+    else:
+        tl.static_assert(COMPARES == "upper" or COMPARES == "rotated")
+        turn = 16 * (1 - j % 2)
+        if COMPARES == "rotated":
+            bits = (bits << turn) | (bits >> ((32 - turn) % 32))
+        else:
+            bits = bits << turn
+        keep = bits > (threshold.to(tl.uint32) << 16) - 1
     return keep
 
 

@@ -42,7 +42,7 @@ SMALL = {"D": 128, "N": 8192}
 KINDS = {"lds": ("LDS", "LDSM"), "sts": ("STS", "STSM"), "shfl": ("SHFL",), "local": ("LDL", "STL")}
 PASSES = {"forward": ("fwd",), "backward": ("bwd_dq", "bwd_dkdv")}  # attention's kernels
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, as its FLOPs are counted
-DROPOUT_SPEED = {"forward": 0.65, "backward": 0.70}  # target: at least this much of attention's speed without dropout
+DROPOUT_SPEED = {"forward": 0.65, "backward": 0.71}  # target: at least this much of attention's speed without dropout
 LENGTHS = (1024, 4096, 16384)
 TRITON = "3.6"  # of the GPU machines; targets of speed are judged by the code of this release
 
