@@ -82,7 +82,7 @@ def _dropped(value, m, n, site, threshold, scale, seed_ptr):
     """
     i = m + tl.arange(0, value.shape[0])[:, None]
     j = n + tl.arange(0, value.shape[1])[None, :]
-    keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
+    keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr, "lower")
     return tl.where(keep, value * scale, 0.0)
 
 
@@ -174,7 +174,7 @@ def _dz_part(
     elif HAS_DROPOUT:
         i = m + tl.arange(0, dh.shape[0])[:, None]
         j = n + tl.arange(0, dh.shape[1])[None, :]
-        keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
+        keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr, "lower")
         dz = tl.where(keep, dz * scale, 0.0)
         value = tl.where(keep, value * scale, 0.0)
     store(out, dz, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)

@@ -48,7 +48,7 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 
 @triton.jit
-def keep_matrix(i, j, b, site, threshold, seed_ptr, COMPARES: tl.constexpr = "lower"):
+def keep_matrix(i, j, b, site, threshold, seed_ptr, COMPARES: tl.constexpr):
     """Return bool [M, N], True where dropout keeps the element (i, j) of matrix b.
 
     The ints i, j and b broadcast to [M, N]. This is the rule of attention and mlp. `site` is the number of the dropout

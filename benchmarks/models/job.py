@@ -8,7 +8,7 @@ from torch import Tensor, nn, optim
 
 import gpt_fast
 from benchmarks.topic import Case, Work
-from gpt_fast.generation.steps import WEIGHTS
+from gpt_fast.generation.steps import CppStep
 
 
 class Job:
@@ -57,7 +57,7 @@ class Job:
         kept = sum(tensor.nbytes for tensor in self._state())
         if self.session is not None:
             kept += self.session.cache.keys.nbytes + self.session.cache.values.nbytes
-            if self.session.kind in WEIGHTS:
+            if isinstance(self.session._step, CppStep):
                 kept += self.session._step.weights.bytes
         return kept
 

@@ -21,7 +21,7 @@ FAULTS = (
     # Triton, forward
     Fault("first bias of the first tile for all", TRITON, "    if bias_ptr is not None:\n        offs_n = n + tl.arange(0, z.shape[1])", "    if bias_ptr is not None:\n        offs_n = tl.arange(0, z.shape[1])", "numerics"),
     Fault("second bias left out", TRITON, "_linear(h, proj_weight, proj_bias, y.view(M, C_out))", "_linear(h, proj_weight, None, y.view(M, C_out))", "numerics"),
-    Fault("scale dropped, forward", TRITON, "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)\n    return tl.where(keep, value * scale, 0.0)", "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)\n    return tl.where(keep, value, 0.0)", "dropout_mask"),
+    Fault("scale dropped, forward", TRITON, "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr, \"lower\")\n    return tl.where(keep, value * scale, 0.0)", "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr, \"lower\")\n    return tl.where(keep, value, 0.0)", "dropout_mask"),
     Fault("dropout of the tile's row", TRITON, "i = m + tl.arange(0, value.shape[0])[:, None]", "i = tl.arange(0, value.shape[0])[:, None]", "chunk"),
     Fault("dropout of the tile's column", TRITON, "j = n + tl.arange(0, value.shape[1])[None, :]", "j = tl.arange(0, value.shape[1])[None, :]", "dropout_mask"),
     Fault("right half stored over the left", TRITON, "right, out, kept, bias_ptr, seed_ptr, m, n + BLOCK_N // 2, M, N", "right, out, kept, bias_ptr, seed_ptr, m, n, M, N", "numerics"),
