@@ -25,7 +25,7 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 def _bound(module: nn.Module, function: Callable) -> Callable:
     """Return a forward for the instance `module` that runs function(module, ...).
 
-    Its name, docstring and signature are those of the class's forward. The result is a partial, because pickling a
+    It has the name, docstring and signature of the class's forward. The result is a partial, because pickling a
     method of an instance gives the class's method back. A deep copy of the module gets a forward of its own. The
     attribute `__func__` is `function`, because Hugging Face Accelerate wraps and unwraps the `__func__` that a method
     has.
@@ -110,7 +110,7 @@ def why_not_plain(module: Any, kind: Any) -> str | None:
     """Return why the parameters of `module` may not be read directly, such as "has hooks", or None if they may.
 
     They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
-    foreign tensor class. Hooks are those of forward and backward, also if registered for all modules. A forward that
+    foreign tensor class. Hooks of forward and backward count, also if registered for all modules. A forward that
     `attach` set does not count, unless something wraps it.
     """
     if class_of(module) is not kind:
@@ -142,7 +142,7 @@ def is_plain(module: Any, kind: Any) -> bool:
     """Return True if the parameters of `module` may be read directly instead of calling it.
 
     They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
-    foreign tensor class. Hooks are those of forward and backward, also if registered for all modules. A forward that
+    foreign tensor class. Hooks of forward and backward count, also if registered for all modules. A forward that
     `attach` set does not count, unless something wraps it. The usual case takes half a microsecond.
     """
     if (
@@ -270,8 +270,8 @@ def version(tensor: Tensor) -> int:
 def samples(tensors: Sequence[Tensor]) -> Tensor:
     """Return up to 31 evenly spaced values of each tensor, in order, joined into one float64 vector.
 
-    NaN is replaced by 0. Comparing two results shows writes that autograd does not count: those of fused optimisers
-    (torch 2.13), and those to `.data`. A write that misses the samples stays unseen. `tensors` may not be empty.
+    NaN is replaced by 0. Comparing two results shows writes that autograd does not count, which fused optimisers make
+    (torch 2.13), and assignments to `.data`. A write that misses the samples stays unseen. `tensors` may not be empty.
     """
     few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
     return torch.cat(few).nan_to_num()

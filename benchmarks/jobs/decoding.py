@@ -116,8 +116,9 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
 def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
     """Return the least seconds of a decode step: the time of reading its weights and its cache from memory.
 
-    `figure` has "bytes", those of the weights, and "bytes_per_cached_token", those of one token's keys and values.
-    `cached` is the number of tokens in the cache, which may be a mean over steps. `bandwidth` is in bytes a second.
+    `figure` maps "bytes" to the size of the weights, and "bytes_per_cached_token" to the size of one token's keys and
+    values. `cached` is the number of tokens in the cache, which may be a mean over steps. `bandwidth` is in bytes a
+    second.
     """
     return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / bandwidth
 
@@ -131,8 +132,9 @@ def token_seconds(
     Each precision in WEIGHTS, and each name in the values of PEERS, has {"seconds": median time of a token, "range":
     [least, most]}. The names of PEERS stand for transformers, and are missing if it is not installed.
 
-    The entry of a precision also has "bytes", those of the weights, "bytes_per_cached_token", and "of_bound": the least
-    time in which a step can read its weights and cache, divided by the measured time.
+    The entry of a precision also maps "bytes" to the size of the weights, "bytes_per_cached_token" to the size of one
+    token's keys and values, and "of_bound" to a share: the least time in which a step can read its weights and cache,
+    divided by the measured time.
 
     Each of `repeats` repetitions times `tokens` steps by the clock `now`, in seconds, and a quarter as many (at least
     4) with transformers. One more repetition warms up before. PyTorch's seed is set to 0.

@@ -65,8 +65,8 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 
     The name is "function" for gpt_fast's public function, "operators" for the PyTorch operators in it alone, or
     "PyTorch" for PyTorch's own function, if there is one. If the topic has the pass "backward", the passes are
-    "forward" and "training", which is forward and backward. Otherwise they are those of the topic. `device` is "cpu" or
-    "cuda". gpt_fast's function is called a few times here.
+    "forward" and "training", which is forward and backward. Otherwise every pass of the topic has an entry. `device` is
+    "cpu" or "cuda". gpt_fast's function is called a few times here.
     """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}

@@ -54,11 +54,11 @@ class Unit:
 
 
 def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None, say: Say = ignore) -> list[Unit]:
-    """Return the units of all sources: those of `valid`, then those of `data`, in their order.
+    """Return the units of all sources, first from `valid`, then from `data`, each in the order given.
 
     A unit is a range of a file, or rows of a data set, for training, for validation or for both (see `Unit`). A source
     is the path of a file, a folder or a .zip, or `hf:NAME` for a Hugging Face data set. The same files always give the
-    same units. The units of `valid` are for validation, and those of `data` for training. If `valid` is empty, a tenth
+    same units. Sources in `valid` serve validation, and sources in `data` training. If `valid` is empty, a tenth
     of `data` is held out: every tenth row of tables, whole text files if there are ten or more, else the last tenth of
     each text file. `keeps(text, index)` is True if a cut of a text at that index changes no token (see `keeps_tokens`);
     None allows each cut. `say` is called with a message about the quotes of each .tsv that has any.

@@ -86,7 +86,7 @@ class Head(Convertible, nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
         """Load the module's own entries as PyTorch does, and remember whether the output layer was tied before.
 
-        The arguments are those of PyTorch's method; the last of `rest` is its list of error messages. Loading with
+        PyTorch calls this method with its own arguments; the last of `rest` is its list of error messages. Loading with
         `assign=True` unties the output layer, and the hook `_tie_again` ties it again. This method also runs if a model
         that contains the head is loaded. If `assign=True` brings two different tensors for the one parameter, a message
         is added to the list, and `load_state_dict` raises it.

@@ -231,8 +231,8 @@ def find_norm(path: str, module: Any) -> Norm | None:
     """Return the `Norm` (path, parameter names, eps) of a module that computes LayerNorm, else None.
 
     The module runs on random float64 inputs, in evaluation and in training mode, and gets its train flag back. It
-    computes LayerNorm if its outputs and gradients equal those of `F.layer_norm` with its own eps or one of 1e-5, 1e-6,
-    1e-8 and 1e-12. The result is None, too, if the module raises, draws random numbers, has buffers or has no
+    computes LayerNorm if `F.layer_norm`, with its own eps or one of 1e-5, 1e-6, 1e-8 and 1e-12, has equal outputs and
+    gradients. The result is None, too, if the module raises, draws random numbers, has buffers or has no
     parameters. Parameters have to be named as a gain or a bias. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
