@@ -172,9 +172,11 @@ def share(look: Look, device: str) -> tuple[float, str]:
     share is its largest error divided by the error that its bound allows, so above 1 is a failure. The error is
     measured against the op's definition in float64 on the CPU. NaN counts as the largest share, and is returned as NaN.
 
-    `look` names the op, draws the arguments and sets the dtype. PyTorch's seed is set to 0 first. An op without a
-    backward pass is only run forward. Raise `AssertionError` if an output that other results depend on is wrong. Errors
-    of the call itself are raised too.
+    `look` names the op, draws the arguments and sets the dtype. The call runs on `device`, "cpu" or "cuda". PyTorch's
+    seed is set to 0 first. An op without a backward pass is only run forward.
+
+    The other results of `add_layer_norm` are computed from its second output, the sum. If this sum is wrong, they
+    cannot be judged, and `AssertionError` is raised. Errors of the call itself are raised too.
     """
     torch.manual_seed(0)
     spec, function = OPS[look.op], getattr(ops, look.op)
@@ -217,8 +219,8 @@ def _rank(share: float) -> float:
 def look_at(look: Look, device: str) -> dict[str, Any]:
     """Run one call and return its record: "op", "case", "dtype", "outcome", "seconds", and the reason for the outcome.
 
-    "case" is the name of the call's options. "outcome" is "pass" or "fail", and "seconds" is the time of the whole
-    check. The reason is one of three:
+    `look` is the call. It runs on `device`, "cpu" or "cuda". "case" is the name of the call's options. "outcome" is
+    "pass" or "fail", and "seconds" is the time of the whole check. The reason is one of three:
 
     - If the results were compared, "share" is the largest error relative to its bound, and "of" names its result.
       The call passes if the share is at most 1; NaN fails.

@@ -230,10 +230,13 @@ def parity(
 ) -> None:
     """Train a GPT-2 and compare each step with plain PyTorch: logits, loss and the gradient of every parameter.
 
-    The truth is the plain model in float64. An error is shown as a share of what is allowed: 2 times the largest error
-    and 1.25 times the root mean square error that plain PyTorch makes in the same dtype, plus the float32 floor. The
-    command prints a table with a row for each step. It fails with exit code 1 if a share is above 1 or NaN, or if the
-    last loss is not below the first.
+    The plain model in float64 gives the true values. The yardstick is the plain model in the same dtype as gpt_fast.
+    Two errors are limited: the largest one to 2 times the yardstick's, and the root mean square to 1.25 times. Both
+    limits are raised a little for rounding in float32. The loss is a single number; its limit is the root mean square
+    one, taken over the losses of the tokens.
+
+    The command prints a table with a row for each step, with errors as shares of their limits. It fails with exit code
+    1 if a share is above 1 or NaN, or if the last loss of several is not below the first.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}; expected {' or '.join(DTYPES)}")

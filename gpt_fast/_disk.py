@@ -22,8 +22,9 @@ def writing(path: Path, left: str) -> Iterator[None]:
     """Raise `NotWritten` in place of an exception in the block that means a full or failing disk.
 
     Other exceptions pass. `number_of` decides by the errno: no space, quota exceeded, file too large, or I/O error. The
-    message names `path`, the file that is written, and ends with `left`, a text on what the user still has. A
-    `NotWritten` from the block passes unchanged. This context manager writes nothing itself.
+    message names `path`, the file that is written, and ends with `left`. `left` is a clause without a full stop that
+    tells the user what is left, such as "the file before is as it was". A `NotWritten` from the block passes unchanged.
+    This context manager writes nothing itself.
     """
     try:
         yield

@@ -72,9 +72,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_attached(forward: Any) -> bool:
-    """Return True if `forward`, any object, is what `attach` puts on a module, with nothing wrapped around it.
+    """Return True if `forward`, any object, is a forward that `attach` set to run a function of this package.
 
-    It is if its `__func__` is a function of this package, gpt_fast, without the `__wrapped__` that decorators set.
+    Its attribute `__func__` has to be a function that is defined in gpt_fast, without the `__wrapped__` that decorators
+    set. The result is False for a function from elsewhere, even if `attach` set it.
     """
     function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
@@ -193,8 +194,9 @@ def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
     """Return (y, p): the input of the dropout that the caller still has to apply, and its probability.
 
     A plain `nn.Dropout` (see `is_plain`) with p < 1 is not called, so that the caller can fuse it. The result is then
-    (x, its p), with 0 for p in evaluation mode or if `drops` is False. Any other `module` is called, whatever `drops`
-    is, and the result is (module(x), 0).
+    (x, module.p), or (x, 0) in evaluation mode or if `drops` is False. Callers pass False to continue a text from a
+    cache, where nothing is dropped even in training mode. Any other `module` is called, and the result is (module(x),
+    0); `drops` then has no effect.
     """
     if is_plain(module, nn.Dropout) and module.p < 1:
         return x, module.p if drops and module.training else 0.0
@@ -270,8 +272,9 @@ def version(tensor: Tensor) -> int:
 def samples(tensors: Sequence[Tensor]) -> Tensor:
     """Return up to 31 evenly spaced values of each tensor, in order, joined into one float64 vector.
 
-    NaN is replaced by 0. Comparing two results shows writes that autograd does not count, which fused optimisers make
-    (torch 2.13), and assignments to `.data`. A write that misses the samples stays unseen. `tensors` may not be empty.
+    Callers compare two results to find out whether weights were changed in between. Autograd's count of in-place writes
+    (see `version`) does not suffice: writes of fused optimisers (torch 2.13) and assignments to `.data` do not raise
+    it. A change of other values than the samples stays unseen. NaN is replaced by 0. `tensors` may not be empty.
     """
     few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
     return torch.cat(few).nan_to_num()

@@ -99,9 +99,9 @@ def is_followed() -> bool:
 
 
 def _is_one_gradient() -> bool:
-    """Return True if exactly one transform of `torch.func` is active and is `grad` or `vjp`.
+    """Return True if exactly one transform of `torch.func` is active and it is `grad` or `vjp`.
 
-    At least one must be active.
+    Call this only inside a transform (see `is_transformed`).
     """
     stack = _functorch.get_interpreter_stack()
     return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
@@ -151,12 +151,13 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Run `self.function.forward`. Return its outputs, then the saved tensors that are not outputs or arguments.
+        """Run `self.function.forward` on `args` with this record as `ctx`. Return its outputs, then saved tensors.
 
-        Inside a transform, `setup_context` may save arguments and outputs alone, so every other saved tensor is
-        returned as an output. `self.count` is set to the number of the function's own outputs, and `self.returns_tuple`
-        to True if they came as a tuple. `self.places` gets the index of each saved tensor in (self, *args, *result), or
-        None for None.
+        `setup_context` of `_Transformed` may save only inputs and outputs. So each tensor that the function saves, and
+        that is neither an input nor an output, is returned behind the outputs. `self.count` is set to the number of
+        outputs without these tensors, and `self.returns_tuple` to True if the function returned a tuple. `self.places`
+        gets an entry for each saved tensor: its index in (record, *args, *returned), or None if the function saved
+        None. `returned` is the whole tuple that this method returns.
         """
         outputs = self.function.forward(self, *args)
         self.returns_tuple = isinstance(outputs, tuple)

@@ -34,8 +34,8 @@ class GPTConfig:
         seq_len: Number of positions T.
         ff_dim: Hidden width F of the MLP. 0 means 4C.
         activation: "relu", "gelu" or "gelu_tanh".
-        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the lecture
-            notes and GPT-1.
+        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of GPT-1 and of
+            the preset "notes".
         tied: Use the weight of the token embedding in the output layer.
         bias: Give linear layers and norms a bias.
         output_bias: Give the output layer a bias.
@@ -148,8 +148,9 @@ class GPTConfig:
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
         """Return the preset configuration with this name, with the fields in `overrides` replaced.
 
-        "notes" is the lecture notes' block (post-norm, ReLU, output layer with a weight of its own, dropout on the
-        hidden activation, none on attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium",
+        "notes" is the Transformer that lecture notes build from PyTorch's own modules, at GPT-1's sizes. It has
+        post-norm blocks, ReLU, and an output layer that does not share the embedding's weight. Dropout acts on the
+        MLP's hidden activation, but not in attention. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium",
         "gpt2-large" and "gpt2-xl" are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
 
         Args:

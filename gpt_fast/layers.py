@@ -124,7 +124,8 @@ class SelfAttention(nn.Module):
             mask: Bool, broadcastable to [B, H, T, T], True where a token may attend.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
             seed: Seed of dropout, int64, one element. Without one, dropout in training draws its own.
-            site: Number of this dropout within a forward pass.
+            site: Number of this dropout, which the caller chooses. Dropouts with the same seed need different numbers
+                to get different masks.
             attend: Function of (qkv [B, T, 3C], num_heads) → [B, T, C] that computes attention in place of the op, from
                 a key-value cache for example. The masks, `causal` and the dropout then have no effect.
 
@@ -198,7 +199,8 @@ class MLP(nn.Sequential):
         Args:
             x: Input [B, T, C].
             seed: Seed of dropout, int64, one element. Without one, dropout in training draws its own.
-            site: Number of this dropout within a forward pass.
+            site: Number of this dropout, which the caller chooses. Dropouts with the same seed need different numbers
+                to get different masks.
             drops: False switches dropout off, whatever the modules' train flags are. If a child has hooks or another
                 class, all children are called, and `seed`, `site` and `drops` have no effect.
 
@@ -215,10 +217,11 @@ class MLP(nn.Sequential):
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
 
     def _is_plain(self) -> bool:
-        """Return True if one op may compute the children: four of the classes that the constructor made, without hooks.
+        """Return True if `ops.mlp` may compute the MLP, or False if its children have to be called.
 
-        They are a linear layer, the configured activation, a dropout with p < 1, and a linear layer. None of them may
-        have a forward of its own or a weight of a foreign tensor class.
+        The MLP must have four children: a linear layer, the configured activation, a dropout with p < 1, and a linear
+        layer. Each child must have exactly the class that the constructor chose for it. No child may have hooks, a
+        forward set on the instance, or a weight of a foreign tensor class.
         """
         children: list[Any] = list(self)
         if len(children) != 4:
@@ -353,7 +356,8 @@ class TransformerDecoder(nn.Module):
             key_mask: Bool [B, T], True for a real token.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
             seed: Seed of the dropout of this call. Without one each call in training draws its own.
-            site: Number of the block's first dropout within a forward pass. The default is that of the constructor.
+            site: Number of the block's first dropout; its four dropouts have the numbers `site` to `site + 3`. Dropouts
+                with the same seed need different numbers to get different masks. None takes the constructor's `site`.
             branch: Residual branch that the block before returned with `carry=True`. A pre-norm block adds it to `x`
                 and normalises in one op. A post-norm block ignores it.
             carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it. A
@@ -404,10 +408,12 @@ class TransformerDecoder(nn.Module):
         """Return the output [B, T, C] of a pre-norm block for x [B, T, C], or (x, branch) with `carry`.
 
         The `branch` in the result is the last residual branch, a `Branch` that the caller still has to add to x. The
-        argument `branch` is that of the block before, which is added to x first, or None. `masks` holds the arguments
-        "causal", "lengths", "key_mask", "mask", "cu_seqlens" and "attend" of `SelfAttention.forward`. `seed` and
-        `site`, the number of the block's first dropout, choose the dropout masks. With `drops=False` dropout is off in
-        `ff` and both branches, except in modules that have hooks or another class than `nn.Dropout`.
+        argument `branch` is the one that the block before returned, which is added to x first, or None. `masks` holds
+        the arguments "causal", "lengths", "key_mask", "mask", "cu_seqlens" and "attend" of `SelfAttention.forward`.
+        `seed` and `site`, the number of the block's first dropout, choose the dropout masks.
+
+        `drops` is False if `masks["attend"]` is a function, which computes attention without dropout. Dropout is then
+        off in `ff` and both branches as well, except in modules that have hooks or another class than `nn.Dropout`.
         """
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
@@ -426,8 +432,8 @@ class TransformerDecoder(nn.Module):
         """Return the output [B, T, C] of the block's feed-forward module `ff` for x [B, T, C].
 
         If `ff` is an `MLP` of this library, its dropout mask follows from `seed`, int64 [1], and `site`, the number of
-        this dropout in the forward pass. Without a seed a new one is drawn. With `drops` False nothing is dropped. Any
-        other module, such as an adapter's wrapper, is called with x alone.
+        this dropout. Without a seed a new one is drawn. With `drops=False` nothing is dropped, unless a child of `ff`
+        has hooks or another class. Any other module, such as an adapter's wrapper, is called with x alone.
         """
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 

@@ -81,9 +81,10 @@ class _Trunk(nn.Module):
             cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. A token attends to its own
                 sequence only, and positions count within each sequence.
             seed: Seed of the dropout of this call, int64, one element. Without one each call in training draws its own.
-            cache: Pass over the key-value cache of the text before the tokens. It computes attention, knows positions
-                and padding, and writes the tokens' keys and values into the cache. Masks have no effect then, and
-                dropout is off, except in a dropout module with hooks or another class.
+            cache: `PromptPass` or `StepPass`, which this library's generation makes to continue a text. It holds the
+                key-value cache of the text before the tokens, computes attention, knows positions and padding, and
+                writes the tokens' keys and values into the cache. Masks have no effect then, and dropout is off, except
+                in a dropout module with hooks or another class.
 
         Returns:
             h [B, T, C].
@@ -214,9 +215,9 @@ class Convertible:
         run on a few tokens in evaluation mode and have to agree, unless an override changes what the model computes.
 
         Args:
-            model: A model of transformers, accelerated or not, the path of a folder, or a name on the hub such as
-                "gpt2", which transformers loads through its cache. A folder holds safetensors, or pytorch_model.bin,
-                which is read with torch.load(weights_only=True).
+            model: A model of transformers, the path of a folder, or a name on the hub such as "gpt2", which
+                transformers loads through its cache. `gpt_fast.accelerate` may have been called on the model. A folder
+                holds safetensors, or pytorch_model.bin, which is read with torch.load(weights_only=True).
             **overrides: Fields of `GPTConfig`.
 
         Returns:
@@ -348,8 +349,9 @@ class GPTModel(Convertible, _Trunk):
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
             seed: Seed of the dropout of this call, int64, one element. Without one each call in training draws its own.
-            cache: Pass over the key-value cache of the text before the tokens, which computes attention and gets the
-                tokens' keys and values. Masks have no effect then, and dropout is off.
+            cache: `PromptPass` or `StepPass`, which this library's generation makes to continue a text. It holds the
+                key-value cache of the text before the tokens, computes attention, and writes the tokens' keys and
+                values into the cache. Masks have no effect then, and dropout is off.
 
         Returns:
             h [B, T, C].
@@ -470,9 +472,10 @@ _KINDS = (
 def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
     """Return why one of these modules, by name, is not plain, such as "decoders.0.ff.0 has hooks", or None if all are.
 
-    A plain module has exactly one of the classes in `_KINDS`, no hooks, and no forward or weight of its own. `_KINDS`
-    are this library's GPT, GPTModel and layers, ModuleList, Linear, Embedding, Dropout and the activations. The first
-    module that is not plain is named; the empty name stands for the model.
+    A plain module has exactly one of the classes in `_KINDS` and no hooks. Nothing but `_plain.attach` has replaced
+    `forward` on the instance, and its weight is no tensor of a foreign class, such as a quantised one. `_KINDS` are
+    this library's GPT, GPTModel and layers, ModuleList, Linear, Embedding, Dropout and the activations. The first
+    module that is not plain is named; "the model" stands for the empty name.
     """
     for name, module in modules.items():
         kind = _kind_of(module)

@@ -40,8 +40,9 @@ def as_path(function: str, directory: Any) -> Path:
 def save(head: Any, directory: Path) -> None:
     """Write model.safetensors and then config.json of the model `head` to the folder `directory`, made if needed.
 
-    A new folder with a configuration is therefore complete. Each file is replaced whole or not at all. The weight of an
-    output layer that is tied to the token embedding is left out. The file's `tied` is what the model is now.
+    A new folder that has a config.json is therefore complete. Each file is replaced whole or not at all. The weight of
+    an output layer that is tied to the token embedding is left out. The field "tied" of config.json says whether the
+    two weights of `head` are tied now, even if `head.config` says otherwise.
 
     Raises:
         OSError: A file cannot be written.
@@ -181,15 +182,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file inside the block.
+    """Open the safetensors file at `path` inside the block.
 
     Yields:
         The file, as `safetensors.safe_open` opens it.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is truncated, no safetensors file or too long to be mapped. Such an error inside the block
-            counts too.
+        ValueError: The file is truncated, no safetensors file or too long to be mapped. A `SafetensorError` or
+            `MemoryError` that the block raises becomes this `ValueError` too.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected the weights written by save_pretrained")

@@ -79,8 +79,9 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
     `seed` and `site`, the number of the dropout within a forward pass, choose the mask. `p` is the dropout probability,
     and T = dropout_threshold(p).
 
-    counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
-    gives eight neighbours j = 8 J + 2 word + half, in this order.
+    counter = (j // 8, i, 0, site); words = the four random words that philox4x32 gives for the counter; word =
+    words[(j // 2) % 4]; u16 = (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T. So one counter decides about eight
+    neighbours in a row.
     """
     groups = (C + 7) // 8
     J = torch.arange(groups, device=seed.device)
@@ -96,8 +97,9 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
     `b` holds the number of each matrix, int64: row · H + head in attention, 0 in mlp. `seed` and `site`, the number of
     the dropout within a forward pass, choose the mask, and `p` is the dropout probability.
 
-    This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
-    j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
+    This is `dropout_keep_at` for all elements, evaluated once per counter. With i = 16 I + 8 i3 + g and j = 16 J + 8 j3
+    + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site). Philox gives four random words for it. The element uses half
+    j0, 0 for the low one, of word 2 i3 + j3.
     """
     I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
     c0 = torch.arange(4 * J, device=seed.device)
@@ -116,8 +118,9 @@ def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p:
     `seed` and `site`, the number of the dropout within a forward pass, choose the mask, and `p` is the dropout
     probability.
 
-    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
-    (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
+    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); words = the four random words that philox4x32
+    gives for the counter; word = words[2*((i // 8) % 2) + (j // 8) % 2]; u16 = (word >> 16*(j % 2)) & 0xffff; keep =
+    u16 >= T.
     """
     words = _philox_words(((j // 16) * 4 + (j % 8) // 2, (i // 16) * 8 + i % 8, b), seed, site)
     word = 2 * ((i // 8) % 2) + (j // 8) % 2
@@ -165,7 +168,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed).
+    """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed, weight, bias, eps).
 
     Both have the shape of `x` and the wider dtype of `x` and `residual`. `weight` and `bias` are [C], or None to leave
     them out. `seed` and `site`, the number of this dropout within a forward pass, choose the mask; `seed` is needed if
@@ -289,10 +292,10 @@ def attention(
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
-    """Return `attention` for a projection [B, T, 3C] that packs q, k and v, with merged heads: [B, T, C].
+    """Return `attention` for a projection `qkv` [B, T, 3C] that packs q, k and v, with merged heads: [B, T, C].
 
-    `options` are the keyword arguments of `attention`: causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p,
-    seed, site and scale.
+    C is a multiple of `num_heads`. `options` are the keyword arguments of `attention`: causal, lengths, key_mask, mask,
+    cu_seqlens, window, dropout_p, seed, site and scale.
     """
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
@@ -328,11 +331,11 @@ def mlp(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F].
+    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, in the dtype of x.
 
-    x and the result are [..., C], in the dtype of x. `activation` is "relu", "gelu" or "gelu_tanh"; any other raises
-    `ValueError`. `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed`
-    is needed if `dropout_p` is above 0.
+    x is [..., C], `fc_weight` [F, C], `proj_weight` [C', F], and the result [..., C']. `activation` is "relu", "gelu"
+    or "gelu_tanh"; any other raises `ValueError`. `seed` and `site`, the number of this dropout within a forward pass,
+    choose the dropout mask; `seed` is needed if `dropout_p` is above 0.
     """
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)

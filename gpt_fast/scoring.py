@@ -73,9 +73,9 @@ def score(
     before. It scores the tokens that no window before it has scored.
 
     Args:
-        model: A `GPTForCausalLM`, a `GPT`, a head with a joint loss, or, with `labels`, a `GPTForMaskedLM`. Wrappers of
-            `torch.compile`, DataParallel, DistributedDataParallel and PEFT are taken off. Sharded parameters are
-            refused.
+        model: A `GPTForCausalLM`, a `GPT`, or a task head (such as `GPTForSequenceClassification`) whose
+            `config.lm_weight` is above 0. With `labels` it may be a `GPTForMaskedLM`. Wrappers of `torch.compile`,
+            DataParallel, DistributedDataParallel and PEFT are taken off. Sharded parameters are refused.
         inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. If the model has a start token, it is
             put before each text, and all tokens of the text are scored. Otherwise the first token is not scored.
         tokenizer: A `tokenizers.Tokenizer`, or one of transformers. It adds no special tokens.
@@ -87,7 +87,8 @@ def score(
         stride: Tokens by which windows advance, 1 to seq_len, half of seq_len unless given. With seq_len the first
             token of every window is not predicted, because no token precedes it there.
         batch_size: Windows in a forward pass.
-        greedy: Return which tokens are the most probable ones, too. This projects the scored positions once more.
+        greedy: Return `Scores.greedy` too, which is True at tokens that are the most probable ones. This projects the
+            scored positions onto the vocabulary once more.
 
     Returns:
         `Scores`. `scores.log_probs.sum(1)` is the log-likelihood of each row, and `exp(-scores.log_probs.sum() /
@@ -191,9 +192,10 @@ def score_windows(
     `most_probable` where that token is the most probable one. A row holds token ids [T]. The entry of `targets` for a
     row, [T] as well, holds the token to be scored at each position, or -100 for none.
 
-    A `Window` (row, begin, first, end) lets `model` read tokens begin to end - 1 of a row and score tokens first to
-    end - 1. A causal model cannot score token `begin`, which nothing precedes, and does not read the last token.
-    Windows of like lengths share a forward pass, `batch_size` of them. The model is in evaluation mode meanwhile.
+    Each of `windows` is a `Window` (row, begin, first, end). In it `model` reads tokens begin to end - 1 of `rows[row]`
+    and scores tokens first to end - 1. A causal model cannot score token `begin`, which nothing precedes, and does not
+    read the last token. Windows of like lengths share a forward pass, `batch_size` of them. The model is in evaluation
+    mode meanwhile.
     """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
@@ -268,16 +270,17 @@ def score_continuations(
 def _trunk(model: Any) -> Any:
     """Return the trunk of a language model: its part without the output layer, with the configuration as `config`.
 
-    For a `GPT` that is the model itself. Raises `ValueError` unless `model` is a `GPT`, a `GPTForMaskedLM` or a head
-    with a causal output layer.
+    A `GPT` is returned as it is. Raise `ValueError` unless `model` is a `GPT`, a `GPTForMaskedLM` or a head with a
+    causal output layer.
     """
     return model.trunk if isinstance(model, GPTForMaskedLM) else parts(model, "score")[0]
 
 
 def _hidden(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the trunk's hidden states [B, T, C] for tokens [B, T], padded on the right after `lengths` [B] tokens.
+    """Return the hidden states [B, T, C] of the trunk of `model`, a `GPT` or a `Head`, for tokens [B, T].
 
-    `lengths` is None if no row is padded. Attention is causal except in a `GPTForMaskedLM`.
+    Rows are padded on the right after `lengths` [B] tokens; `lengths` is None if no row is padded. Attention is causal
+    except in a `GPTForMaskedLM`.
     """
     if isinstance(model, GPT):
         return model.hidden_states(tokens, lengths=lengths)
@@ -285,9 +288,10 @@ def _hidden(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _losses(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy [N] of output_layer(hidden) for hidden states [N, C] and target ids [N].
+    """Return the cross-entropy [N] of output_layer(hidden), a value for each row, for states [N, C] and target ids [N].
 
-    It is float32 (float64 for a plain output layer and float64 states), and each row has its own value.
+    The result is float32. It is float64 if the hidden states are float64 and `output_layer` is exactly an `nn.Linear`,
+    without hooks or an adapter.
     """
     if _plain.is_plain(output_layer, nn.Linear):
         return ops.linear_cross_entropy(hidden, output_layer.weight, targets, output_layer.bias, reduction="none")

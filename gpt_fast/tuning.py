@@ -85,8 +85,9 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
     """Yield each configuration that differs from `config` in one number by one step, inside `ranges`.
 
     `ranges`, a result of `limits`, maps the name of each number to (lowest, highest), both included, in the order of
-    `config`. A step adds or subtracts 1 for "stages", "programs", "cublaslt" and "late". It switches between 0 and the
-    largest value for "registers" and for the "rows" of a product with few rows. It doubles or halves any other number.
+    `config`. Comments in `launch_configs.TABLES` explain the names. A step adds or subtracts 1 for "stages",
+    "programs", "cublaslt" and "late". It switches between 0 and the highest value for "registers", and for "rows" if
+    its highest value is 16 (`mlp.FEW_ROWS`). It doubles or halves any other number.
     """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
@@ -217,9 +218,10 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
 
-    At each run the table of configurations chooses cuBLASLt if it has a 1 for `row`, else Triton. `row.kernel` is
-    "cublaslt " and the activation, `dy` is the upstream gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight
-    and proj_bias. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
+    Each call of the returned function looks up the launch configuration that the tables hold then for `row`. It uses
+    cuBLASLt if this is (1,), a tuple of one number, and Triton otherwise. `row.kernel` is "cublaslt " and the
+    activation, `dy` is the upstream gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight and proj_bias. The
+    function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
     """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
@@ -240,11 +242,13 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
 
 
 def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    """Return a function that runs the backward of a linear layer, by cuBLASLt or by PyTorch's products.
+    """Return a function that runs the backward of a linear layer, by cuBLASLt or by PyTorch's `mm` and `sum`.
 
-    It computes the gradients of x, weight and bias. At each run the table of configurations chooses cuBLASLt if it has
-    a 1 for `row`, one of its rows for "linear". `dy` is the upstream gradient, `x` the layer's input and `weight` its
-    weight, all matrices. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
+    It computes the gradients of x, weight and bias. Each call of the returned function looks up the launch
+    configuration that the tables hold then for `row`, a row for the op "linear". It uses cuBLASLt if this is (1,), a
+    tuple of one number, and PyTorch otherwise. `dy` is the upstream gradient, `x` the layer's input and `weight` the
+    layer's weight, all matrices. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass
+    here.
     """
 
     def run() -> None:
@@ -259,8 +263,8 @@ def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Ten
 def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
     """Return True if the table chooses cuBLASLt for the op and the shapes of `row` on the GPU `device`.
 
-    Raise `RuntimeError` if the table does and the tests of the op by cuBLASLt do not pass here. The first such call for
-    an op in a process runs these tests.
+    The table chooses cuBLASLt by the launch configuration (1,), a tuple of one number. Raise `RuntimeError` if it does
+    and the tests of the op by cuBLASLt do not pass here. The first such call for an op in a process runs these tests.
     """
     config = launch_configs.pick(op, row.kernel, launch_configs.architecture(device), row.element, row.size)
     if config == (1,) and not cublaslt_tests_pass(op):
@@ -310,8 +314,8 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 def serving(op: str, row: Row, architecture: int) -> Config:
     """Return the launch configuration that the tables choose now for kernel, element size and largest size of `row`.
 
-    `architecture` is that of the GPU (80 is sm_80). Numbers at the end that the table leaves out are 0. The `config` of
-    `row` itself is not used.
+    `op` is the name of the op, and `architecture` the number of the GPU's architecture (80 is sm_80). Numbers at the
+    end that the table leaves out are 0. The `config` of `row` itself is not used.
     """
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
@@ -332,7 +336,7 @@ def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Ro
 def tune(names: list[str], path: Path, architecture: int, device: str, timer: Timer) -> Iterator[tuple[str, Row, bool]]:
     """Measure all classes of shapes of the ops in `names`, and yield (op, row, is_new) for each.
 
-    A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
+    A class is a kernel with an element size and a largest size, as `classes` describes it. `row` holds the fastest
     configuration, and `is_new` is True if it is not the shipped one. Whenever an op is done, the file `path` is written
     with its rows that are new; the folder is made if needed. Rows of other ops in that file stay if they are of the
     same `device` and Triton. `device` is the name of the GPU and `architecture` its number (80 is sm_80). `timer`
@@ -378,9 +382,11 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def classes(op: str) -> list[Row]:
-    """Return one row of the shipped table of `op` for each kernel, element size and largest size in it.
+    """Return one row of the shipped table of `op` for each class of shapes in it.
 
-    Rows for Triton's interpreter are left out. If several architectures have a row, it is the last one in the table.
+    A class is a kernel, an element size in bytes, and the largest head size (for attention) or width that a row serves.
+    Rows for Triton's interpreter are left out. If several architectures have a row for a class, the last one in the
+    table is returned.
     """
     rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
     return list({(row.kernel, row.element, row.size): row for row in rows}.values())
@@ -407,13 +413,15 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Time the configurations of a part of all classes of shapes on this GPU, and append records to the file `path`.
+    """Time launch configurations of the ops in `names` on this GPU, and append the records to the file `path`.
 
-    A class is a kernel with an element size and a largest size. `names` are the names of ops. `part` "2/8" takes every
-    eighth class from the second on. 16-bit classes come first, and the ops keep the order of `names`. A record is a
-    dict as `compared` yields it, with the configuration and its "ms". It is printed and becomes a JSON object on a line
-    of the file. Processes that share the work compile side by side and time one after the other, by a lock on `path`
-    with the suffix ".lock".
+    The work is a list of classes of shapes: each is a kernel with an element size and a largest size (see `classes`).
+    16-bit classes come first, and the ops keep the order of `names`. `part` chooses this process's share of the list:
+    "2/8" is every eighth class from the second on. `architecture` is that of the GPU (80 is sm_80).
+
+    For each class all records of `compared` are printed, and each becomes a JSON object on a line of the file.
+    Processes that share the work compile side by side. They time one after the other, by a lock on `path` with the
+    suffix ".lock".
     """
     number, parts = (int(value) for value in part.split("/"))
     every = [(op, row) for op in names for row in classes(op)]

@@ -115,8 +115,8 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
     """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`. Print on stderr what was left out.
 
     A line is also printed if no tokenizer was written. `to` is the value of --to, "gpt-fast" or None. `head` is the
-    value of --head, which must be None for a checkpoint. `options` maps --tokenizer, --characters, --heads and
-    --activation to their values.
+    value of --head, which must be None for a checkpoint. `options` has the keys "--tokenizer", "--characters",
+    "--heads" and "--activation"; the value is None for an option that was not given.
 
     Return a dict with `model` (its class), `from` (the format), `numbers` (how many parameters), `dtype`, `activation`,
     `tied`, `tokenizer` (True if one was written) and `left_out` (entries that were not used). Raise `ValueError` for
@@ -147,9 +147,12 @@ def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> 
     """Merge the LoRA adapter of the run in `source` into its base model, and write the model to `out`.
 
     `to` is the format to write, "gpt-fast", "transformers" or "nanogpt"; None is transformers'. `head` is the value of
-    the option --head, which has to be None. Return a dict with `model` (its class), `from` (what was converted) and
-    `numbers` (how many parameters), and for transformers `left_out` (parts that the format cannot hold). Raise
-    `ValueError` for a `head`, and `FileExistsError` if `out` exists.
+    the option --head, which has to be None.
+
+    Return a dict with `model` (the written model's class, or "nanoGPT"), `from` and `numbers` (how many parameters),
+    and for transformers `left_out` (parts that the format cannot hold). `from` is the text "the adapter in FOLDER" for
+    the format "gpt-fast", else the merged model's class. Raise `ValueError` for a `head`, and `FileExistsError` if
+    `out` exists.
     """
     from tempfile import TemporaryDirectory
 
@@ -177,8 +180,9 @@ def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> d
     """Convert a run folder, or a folder of transformers, and write the model to `out`.
 
     `to` is the format to write, "gpt-fast", "transformers" or "nanogpt". If it is None, a run folder becomes a folder
-    of transformers, and the reverse. A run folder with a LoRA adapter is merged into its base first. `head` is the
-    value of the option --head: "clm", "mlm", "classifier" or None.
+    of transformers, and the reverse. A run folder with a LoRA adapter is merged into its base first. `head` chooses the
+    new model's class for a folder of transformers: "clm", "mlm" or "classifier", or None for the one that fits the
+    saved class. For a run folder `head` must be None.
 
     Return a dict with `model` (the new model's class, or "nanoGPT"), `from` (the old model's class) and `numbers` (how
     many parameters). A run folder that becomes a folder of transformers also gives `left_out` (parts that it cannot

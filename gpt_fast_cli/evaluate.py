@@ -62,7 +62,10 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data, beside what a constant answer or a model without context would reach.
 
-    A language model's loss on text, or a fine-tuned model's metrics on a table, are printed.
+    A language model's loss on text, or a fine-tuned model's metrics on a table, are printed. A model that was trained
+    on Python's standard library needs no [bold]--data[/bold]: it is measured on what its training held out. With
+    [bold]--form[/bold] a language model predicts the last word of passages (lambada) or chooses among endings
+    (hellaswag), and its accuracy is printed.
 
     [bold]Examples[/bold]
 

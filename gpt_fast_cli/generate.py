@@ -86,7 +86,8 @@ def generate(
 
     One continuation is printed behind its prompt, token by token. Several are printed at the end, each below a line
     with its number. [bold]--json[/bold] prints the prompt, each added text with its number of new tokens, and the
-    tokens per second.
+    tokens per second. On a CPU the weights keep the model's precision unless [bold]--weights[/bold] is given. With
+    int8 and int8-a16 they are 8-bit integers; products may round activations to 8 bits with int8, to 16 with int8-a16.
 
     [bold]Examples[/bold]
 

@@ -160,10 +160,10 @@ def train(
 ) -> dict[str, Any] | None:
     """Run the training `program` with a progress bar. Return its record, a dict of results, for the caller to print.
 
-    Return None if there is nothing left to print: the record was printed as JSON with "out" (`as_json`), or this is not
-    the first rank. `label` stands beside the bar. `program(settings, show, say, stop)` is called with functions that
-    update the bar and print a line, and with an object that records a SIGINT or SIGTERM. The process keeps freed memory
-    from then on, for speed.
+    If `as_json`, this function prints the record as JSON itself, with the path of the run folder added under "out", and
+    returns None. On ranks other than the first it prints nothing and returns None. `label` stands beside the bar.
+    `program(settings, show, say, stop)` is called with functions that update the bar and print a line, and with an
+    object that records a SIGINT or SIGTERM. The process keeps freed memory from then on, for speed.
     """
     from gpt_fast._memory import keep_freed
 

@@ -46,7 +46,9 @@ def prepare(
     """Turn text of any size into token files, which pretrain reads piece by piece.
 
     The folder gets train.bin, valid.bin, tokenizer.json and data.json. The numbers of tokens and documents are printed.
-    If the command is stopped, the same command resumes.
+    Several paths may follow [bold]--data[/bold]. Without [bold]--valid[/bold] about a tenth is held out for validation:
+    every tenth row of tables, whole text files if there are ten or more, else the last tenth of each text file. If the
+    command is stopped, the same command resumes.
 
     [bold]Examples[/bold]
 

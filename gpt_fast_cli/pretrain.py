@@ -21,8 +21,9 @@ def pretrain(
 ) -> None:
     """Train a language model on plain text and write a run folder.
 
-    The text is split by file into training and validation. The validation loss is printed beside the unigram entropy of
-    the same text: the loss that the best model without any context reaches.
+    Several paths may follow [bold]--data[/bold]. The text is split by file into training and validation. The validation
+    loss is printed beside the unigram entropy of the same text: the loss that the best model without any context
+    reaches.
 
     [bold]Examples[/bold]
 

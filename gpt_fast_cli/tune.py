@@ -42,7 +42,11 @@ def tune(
 
 
 def _table(name: str) -> Path:
-    """Return the path of the user's table called `name`. Raise `ValueError` if the user wants no tables."""
+    """Return the path of the file for tuning results: `name` is "cpu", or a GPU's architecture, such as "sm_90".
+
+    Raise `ValueError` if the environment variable GPT_FAST_LAUNCH_CONFIGS is empty, which means that no results are
+    kept.
+    """
     from gpt_fast.kernels.user_tables import FOLDER, user_table
 
     path = user_table(name)
@@ -62,9 +66,12 @@ def _refuse_unknown(ops: list[str], known: list[str], device: str) -> None:
 
 
 def _tune_gpu(ops: list[str] | None, as_json: bool) -> None:
-    """Tune the launch configurations of `ops` (None: all that have a table), and print what is faster than shipped.
+    """Find the fastest launch configurations of `ops` on this GPU, and write those that are not shipped to a file.
 
-    A line is printed for each row of a table on stderr. With `as_json` all rows are printed as JSON.
+    `ops` None stands for all ops with launch configurations. `_table` names the file. For each kernel, element size and
+    largest size the fastest configuration is printed on stderr as soon as it is found. At the end the configurations
+    that differ from the shipped ones are printed as a table. With `as_json` all are printed as JSON instead. Raise
+    `ValueError` if `ops` names an op without launch configurations.
     """
     import torch
 
@@ -88,9 +95,11 @@ def _tune_gpu(ops: list[str] | None, as_json: bool) -> None:
 
 
 def _tune_cpu(ops: list[str], as_json: bool) -> None:
-    """Measure whose products are faster for `linear`, and print it as a table, or as JSON with `as_json`.
+    """Measure whether PyTorch or this library computes `linear` faster on the CPU, by dtype and number of rows.
 
-    Raise `ValueError` if `ops` names another operation, and `RuntimeError` if the C++ kernel is not there.
+    The results are written to the file that `_table` names for "cpu", and printed as a table, or as JSON with
+    `as_json`. Raise `ValueError` if `ops` names another operation, and `RuntimeError` if this library has no C++ kernel
+    for `linear` here.
     """
     from gpt_fast import ops as gpt_fast_ops
     from gpt_fast.ops import _products

@@ -27,7 +27,8 @@ def warmup(
     """Compile the GPU kernels that a model needs, so that its first update and its first token do not wait.
 
     Triton keeps them in its cache on the disk, where every later process finds them. The command shows how many kernels
-    it compiled, how many it found in the cache, and how long that took. It needs a CUDA device.
+    it compiled, how many it found in the cache, and how long that took. It needs a CUDA device. If pretrain will get
+    [bold]--accumulate[/bold] N, give its batch size divided by N as [bold]--batch-size[/bold] here.
 
     [bold]Examples[/bold]
 

@@ -34,9 +34,9 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = 
     with a rule for resuming. For "command" and "machine", and for settings that `saved` lacks, the command's value is
     taken.
 
-    Of the other settings, those that the user omits (or gives as None or nothing) keep their original value. Those that
-    the user gives must equal it, with two exceptions: "free" ones may change, and "more" ones may be larger. If the run
-    is `finished`, "more" ones may also be smaller.
+    Of the other settings, each one that the user omits keeps its original value; None or an empty tuple counts as
+    omitted. A setting that the user gives must equal its original value, with two exceptions: "free" ones may change,
+    and "more" ones may be larger. If the run is `finished`, "more" ones may also be smaller.
 
     Raise `ValueError` if a given value is not allowed, or if `saved` has a setting that this command lacks or a value
     that is not valid.

@@ -24,9 +24,9 @@ def _fwd_kernel(
     """Write summed = residual + dropout(x), its layer norm normed, and mean and rstd, for BLOCK_M rows of x [M, N].
 
     summed and normed [M, N] are contiguous; mean and rstd are [M] float32. Rows of x and residual begin `stride_x` and
-    `stride_residual` elements apart. With HAS_DROPOUT, an element of x is dropped if its 16 random bits, a function of
-    the seed, `site` and its position, are below `threshold`, and is otherwise multiplied by `scale`. Program i takes
-    the rows from i · BLOCK_M on.
+    `stride_residual` elements apart. With HAS_DROPOUT, an element of x is dropped if its 16 random bits are below
+    `threshold`, and is otherwise multiplied by `scale`. The bits are a function of the seed, `site` (the number of this
+    dropout within a forward pass) and the element's position. Program i takes the rows from i · BLOCK_M on.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -118,9 +118,11 @@ def forward(
 
     x and residual are [..., C], weight and bias [C] or None, mean and rstd = 1 / sqrt(variance + eps) [...]. `seed` is
     one int64 element on x's device. `summed` has the wider dtype of x and residual, and `normed` the same unless
-    `normed_dtype` is given. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
-    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout. If x has no
-    elements, mean and rstd are NaN. A C above 65,536 raises `ValueError`.
+    `normed_dtype` is given. If x has no elements, mean and rstd are NaN. A C above 65,536 raises `ValueError`.
+
+    Dropout drops an element if its 16 random bits are below `threshold`, and multiplies others by `scale`. The bits are
+    a function of `seed`, `site` (the number of this dropout within a forward pass) and the element's position. Without
+    a seed there is no dropout.
     """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -166,8 +168,8 @@ def backward(
     0. `summed`, mean and rstd are results of `forward`. dx and dresidual have the shape of `summed`, in `x_dtype` and
     `residual_dtype`. dx has shape [0] if it equals dresidual, that is without dropout and if x and residual have one
     dtype. dweight and dbias are [C] in the dtype of the weight, or of `summed` without one; each has shape [0] if not
-    needed. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    needed. `seed`, `site`, `threshold` and `scale` are the arguments that `forward` had, and give its dropout mask
+    again. Without a seed there was no dropout.
     """
     N = summed.shape[-1]
     has_dx = seed is not None or x_dtype != residual_dtype

@@ -58,10 +58,12 @@ def serving(capability: int) -> Architecture:
 def fits(architecture: int, capability: int) -> bool:
     """Return True if launch configurations made for `architecture` may be used on a GPU with this compute capability.
 
-    Both numbers are compute capabilities times ten, or INTERPRETER. Configurations of Triton's interpreter are for it
-    alone. Others fit a GPU of the very same capability. They also fit a GPU whose row in ARCHITECTURES (see `serving`)
-    has that capability, or has it or a newer one in its field `rows`. A GPU without a row, such as an RTX 4090 (89),
-    may thus have configurations of its own. Raise `ValueError` for a GPU older than all rows.
+    Both numbers are compute capabilities times ten, or INTERPRETER. Configurations for Triton's interpreter fit only
+    the interpreter. Configurations for a GPU fit if `architecture` equals `capability`, so that a GPU without a row in
+    ARCHITECTURES, such as an RTX 4090 (89), may have some too. They also fit if `architecture` is the capability of the
+    row that serves the GPU (see `serving`), or if it is at most that row's field `rows`. This field is the newest
+    architecture whose configurations the GPU can use when there are none for itself. Raise `ValueError` for a GPU older
+    than all rows.
     """
     if INTERPRETER in (architecture, capability):
         return architecture == capability

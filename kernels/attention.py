@@ -144,9 +144,10 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
     """Return (first, last), one of each for each row: the row may meet the rows first <= x < last of the other axis.
 
     The rows are queries and the other axis, of `others` rows, is keys, or the reverse. The row at position `offs` meets
-    offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `length_ptr`
-    is not None, x is also below the length of batch row b. If `packing`, a Packing, has pointers, x is also in the
-    row's own sequence. `mask_offs` is True for rows that exist.
+    offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `packing`, a
+    Packing, has pointers, x is also in the row's own sequence. `length_ptr` [B] has the number of keys of each batch
+    row, or is None. It may be given only if the rows are queries: x is then a key, and also below the length of batch
+    row b. `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -198,8 +199,8 @@ def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexp
     """Load rows start + offs of one head of a tensor by pointers, as a tile [len(offs), BLOCK_D].
 
     `source` is a Source: the pointer to the head's first element and the strides of rows and columns. `head` is a Head,
-    whose `offs_d` [BLOCK_D] are the columns; columns from D on are zeros. If MASKED, rows from `limit` on, the number
-    of the head's rows, are zeros too; otherwise the caller knows that all rows exist.
+    whose `offs_d` [BLOCK_D] are the columns; columns from D on are zeros. If MASKED, row number `limit` of the head and
+    all rows after it are zeros too. Otherwise `limit` is not read, and all rows of the tile must exist.
     """
     first = tl.full((), 0, dtype=tl.int64) + start
     ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
@@ -216,8 +217,9 @@ def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexp
     """Load rows start + walk.offs of a tensor that a loop goes through tile by tile, as a tile [BLOCK, BLOCK_D].
 
     `source` is a Source, `head` a Head, and `walk` a Walk, whose `end` is the row to stop before. Columns from D on are
-    zeros. If DESCRIBED, the source holds a descriptor of the whole tensor, which gives zeros past the tensor's end. If
-    MASKED, rows from `walk.end` on are zeros too, but with a descriptor only if `walk.cut` is not None.
+    zeros. If DESCRIBED, the source holds a descriptor of the whole tensor. Rows past the tensor's end are then zeros,
+    and rows between `walk.end` and the tensor's end are zeros only if MASKED and `walk.cut` is not None. Otherwise the
+    source holds a pointer. Rows from `walk.end` on are then zeros if MASKED, and must exist if not.
     """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
@@ -231,12 +233,12 @@ def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _allowed(x, rows, i, j, head, masks):
-    """Return a bool tile, True where query i may attend to key j, of a program's own rows and rows of the other axis.
+    """Return a bool tile, True where query i may attend to key j.
 
-    `i` and `j` are positions that broadcast against each other, and `x` is that of the two which is the row of the
-    other axis. A pair is allowed if rows.first <= x < rows.last (`rows` is a Rows) and if the masks in `masks` (a
-    Masks) that are not None are True: key_mask [B, S] at j, mask [B, H, T, S] at (i, j). `head` is a Head, which names
-    batch row and head.
+    `i` and `j` are positions that broadcast against each other. `rows`, a Rows, describes the rows that the program
+    owns: queries or keys. `x` is the other position: j if the program owns queries, i if it owns keys. A pair is
+    allowed if rows.first <= x < rows.last, and if each mask in `masks` (a Masks) that is not None is True: key_mask
+    [B, S] at j, mask [B, H, T, S] at (i, j). `head` is a Head, which names batch row and head.
     """
     allowed = (x >= rows.first) & (x < rows.last)
     if masks.key_mask_ptr is not None:
@@ -265,9 +267,10 @@ def _without_padding(x, j, head, masks):
 def _coordinates(offs, mask_offs, packing, bh, h, H):
     """Return (position, start, matrix) for the rows `offs` [BLOCK], the first fields of a Dropout, [BLOCK, 1] each.
 
-    They are the row's position in its sequence, the start of that sequence, and the number of the matrix in the rule of
-    `keep_matrix`. `bh` is batch · H + h; `mask_offs` is True for rows that exist, and `packing` is a Packing. Triton
-    3.6 cannot return a tuple that holds a None, so the caller makes the Dropout.
+    `position` is the row's position in its sequence, and `start` the first row of that sequence. `matrix` is the number
+    that `keep_matrix` takes as b. It is `bh` = batch · H + h, or with packed sequences sequence · H + h. `mask_offs` is
+    True for rows that exist, and `packing` is a Packing. Triton 3.6 cannot return a tuple that holds a None, so the
+    caller makes the Dropout.
     """
     start, matrix = tl.zeros_like(offs), tl.zeros_like(offs) + bh.to(tl.int32)
     if packing.start_ptr is not None:
@@ -278,12 +281,13 @@ def _coordinates(offs, mask_offs, packing, bh, h, H):
 
 @triton.jit
 def _walked_position(start, walk, dropout):
-    """Return the positions of rows start + walk.offs, counted from where the sequences of the program's own rows start.
+    """Return the positions of rows start + walk.offs within the sequence of each row that the program owns.
 
-    `walk` is a Walk and `dropout` a Dropout, whose `start` [own rows, 1] has these starts. The result is [own rows,
-    BLOCK]. `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`. Without the
-    known zero bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many
-    instructions.
+    The result is [own rows, BLOCK], with start + walk.offs[c] - dropout.start[r] at (r, c). `walk` is a Walk and
+    `dropout` a Dropout, whose field `start` [own rows, 1] is the first row of each own row's sequence. The parameter
+    `start` must be a multiple of 16. LLVM does not see `tl.multiple_of`, so the code writes start // 16 * 16 to show
+    that the low bits are zero. Without them LLVM cannot merge the Philox calls that share a counter, and a loop has
+    nearly twice as many instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
@@ -295,7 +299,8 @@ def _keep(i, j, dropout, COMPARES: tl.constexpr):
 
     `i` and `j` are positions within a sequence that broadcast against each other. A probability is kept if its 16
     random bits, a function of i, j and the Dropout's seed, site and matrix number, are at least its threshold. COMPARES
-    is that of `keep_matrix`: "rotated" for keys along a tile's columns, "upper" for keys along its rows.
+    chooses the instructions, not the result. "rotated" suits a tile [queries, keys], "upper" a tile [keys, queries]:
+    see `keep_matrix`.
     """
     return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, COMPARES)
 
@@ -308,11 +313,13 @@ def _fwd_tile(
     """Return (acc, m, total) after one more tile of keys and values, which begins at key `start`.
 
     They are the state of the online softmax for BLOCK_M queries q [BLOCK_M, BLOCK_D]: the unnormalised output [BLOCK_M,
-    BLOCK_D], the maximum of the scores and the sum of their exponentials, [BLOCK_M] each. `keys` and `values` are a
-    Source each. MASKED is False for a tile that needs no mask. If LATE, scores stay unscaled until their exponential,
-    and only the maximum of a row is scaled before; otherwise all scores are multiplied by `scale_log2` at once. `walk`,
-    `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is
-    zero, the value of a probability that dropout drops.
+    BLOCK_D], the maximum of the scaled scores and the sum of their exponentials, [BLOCK_M] each. A scaled score is q kᵀ
+    times `scale_log2` = scale · log2(e), so that exponentials are powers of two. If LATE, the maximum is taken before
+    the scores are scaled, and is scaled afterwards; the state has the same meaning.
+
+    `keys` and `values` are a Source each. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`,
+    `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is zero, the value of
+    a probability that dropout drops.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -372,10 +379,11 @@ def _fwd_kernel(
 
     The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
     The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
-    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
-    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A query without keys gets
-    out 0 and lse +inf; one whose scores are all -inf gets NaN. ALL_MASKED says that every tile needs a mask, FLAT that
-    the grid has one dimension, and LATE that scores are scaled after taking their maximum.
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits are below `threshold`,
+    and multiplies others by `dropout_scale`. The bits are a function of the seed, `site` (the number of the dropout
+    within a forward pass) and the position. A query without keys gets out 0 and lse +inf; one whose scores are all -inf
+    gets NaN. ALL_MASKED says that every tile needs a mask, FLAT that the grid has one dimension, and LATE that scores
+    are scaled after taking their maximum.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -442,10 +450,12 @@ def _bwd_dq_tile(
 ):  # fmt: skip
     """Return dq after one more tile of keys and values, which begins at key `start`.
 
-    dq [BLOCK_M, BLOCK_D] is the gradient of q over `scale`, still without dropout's scale. q and `do`, the output's
-    gradient, are [BLOCK_M, BLOCK_D]. `lse_log2` [BLOCK_M] is lse · log2(e), and `delta` [BLOCK_M] is rowsum(dO · O),
-    times 1 - p with dropout. MASKED is False for a tile that needs no mask. `keys` and `values` are a Source each;
-    `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    dq [BLOCK_M, BLOCK_D] is a sum over the tiles so far. After the last tile the caller multiplies it by the scale of
+    the scores and by dropout's 1 / (1 - p), which gives the gradient of q. q and `do`, the output's gradient, are
+    [BLOCK_M, BLOCK_D]. `lse_log2` [BLOCK_M] is lse · log2(e), and `scale_log2` is scale · log2(e). `delta` [BLOCK_M] is
+    rowsum(dO · O), times 1 - p with dropout. MASKED is False for a tile that needs no mask. `keys` and `values` are a
+    Source each; `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and
+    Dropout.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
@@ -494,9 +504,10 @@ def _bwd_dq_kernel(
 
     The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
     The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
-    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
-    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
-    tile needs a mask, and FLAT that the grid has one dimension.
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits are below `threshold`,
+    and multiplies others by `dropout_scale`. The bits are a function of the seed, `site` (the number of the dropout
+    within a forward pass) and the position. ALL_MASKED says that every tile needs a mask, and FLAT that the grid has
+    one dimension.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -581,10 +592,12 @@ def _bwd_dkdv_tile(
 ):  # fmt: skip
     """Return (dk, dv) after one more tile of queries, which begins at query `start`.
 
-    dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale. k
-    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` holds what
-    `_bwd_dq_kernel` has saved of the queries, and `bh` is batch · H + head. MASKED is False for a tile that needs no
-    mask. `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    dk and dv [BLOCK_N, BLOCK_D] are sums over the tiles so far. After the last tile the caller multiplies both by
+    dropout's 1 / (1 - p), and dk also by the scale of the scores, which gives the gradients of k and v. k and v are
+    [BLOCK_N, BLOCK_D], and `scale_log2` is scale · log2(e). `queries` and `douts`, the output's gradient, are a Source
+    each. `rows_ptr` holds the rows that `_saved_rows` reads, and `bh` is batch · H + head. MASKED is False for a tile
+    that needs no mask. `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks
+    and Dropout.
     """
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
@@ -639,9 +652,10 @@ def _bwd_dkdv_kernel(
 
     The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
     The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
-    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
-    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
-    tile needs a mask, and FLAT that the grid has one dimension.
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits are below `threshold`,
+    and multiplies others by `dropout_scale`. The bits are a function of the seed, `site` (the number of the dropout
+    within a forward pass) and the position. ALL_MASKED says that every tile needs a mask, and FLAT that the grid has
+    one dimension.
     """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)

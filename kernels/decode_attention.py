@@ -34,10 +34,11 @@ class Config(NamedTuple):
 
 @triton.jit
 def _keys(length_ptr, S, k_new_ptr):
-    """Return how many keys a sequence attends to: its length, an int64 scalar, clamped to the S entries of its cache.
+    """Return how many keys a sequence attends to, as an int64 scalar.
 
-    `length_ptr` points to the length. If `k_new_ptr` is not None, a new key is appended and counts too: the length is
-    then clamped to S - 1.
+    `length_ptr` points to the sequence's length, and its cache has S entries. The result is the length, clamped to
+    [0, S]. If `k_new_ptr` is not None, a new key is appended to the cache: the length is then clamped to [0, S - 1],
+    and the result is one more.
     """
     n = tl.maximum(tl.load(length_ptr).to(tl.int64), 0)
     if k_new_ptr is not None:
@@ -125,8 +126,8 @@ def _add_kernel(
 
     It adds the states of the head's splits, which `_fwd_kernel` has written, in their order, and divides by the sum of
     exponentials. The states are acc [B H, splits, D], m and l [B H, splits]. ADDED splits are read at a time. Splits
-    past the sequence's length are not read; for a sequence without keys the output is 0. If `k_new_ptr` is not None, a
-    key has been appended, and counts beside the length.
+    past the sequence's length are not read; for a sequence without keys the output is 0. If `k_new_ptr` is not None,
+    `_fwd_kernel` has appended a key, so that the sequence has one more than its length.
     """
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)

@@ -36,8 +36,9 @@ def _fwd_kernel(
     """Write a tile [BLOCK_M, BLOCK_C] of out [M, C]: token row plus position row, after dropout.
 
     Row i is token_weight[tokens[i]] + position_weight[positions[i % T]]; ids are clamped to the tables [V, C] and [P,
-    C]. With HAS_DROPOUT, an element is dropped if its 16 random bits, a function of the seed, `site` and its position,
-    are below `threshold`, and is otherwise multiplied by `scale`. The grid is (blocks of rows, blocks of columns).
+    C]. With HAS_DROPOUT, an element is dropped if its 16 random bits are below `threshold`, and is otherwise multiplied
+    by `scale`. The bits are a function of the seed, `site` (the number of this dropout within a forward pass) and the
+    element's position in out. The grid is (blocks of rows, blocks of columns).
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Columns are 32-bit numbers, which hold every width. With 64 bits the dropout rule takes more registers.
@@ -157,9 +158,10 @@ def forward(
     """Return out [..., C], the sum of token and position embeddings after dropout, in the dtype of `token_weight`.
 
     `token_weight` [V, C] and `position_weight` [P, C] are the tables. `positions` has the shape of `tokens`, or [T] for
-    all rows. Ids outside of a table are clamped to its ends. Dropout drops an element if its 16 random bits, a function
-    of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is
-    no dropout.
+    all rows. Ids outside of a table are clamped to its ends. Dropout drops an element if its 16 random bits are below
+    `threshold`, and multiplies others by `scale`. The bits are a function of `seed`, `site` and the element's position
+    in out. `site` is the number of this dropout within a forward pass: with the same seed, another site gives another
+    mask. Without a seed there is no dropout.
     """
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
@@ -195,8 +197,8 @@ def backward(
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
     `dout` [..., C] is the upstream gradient, and the arguments from `tokens` to `site` are those of the forward pass.
-    Rows that were not looked up get 0. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and
-    its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    Rows that were not looked up get 0. `seed`, `site` (the number of this dropout within a forward pass), `threshold`
+    and `scale` give the dropout mask of the forward pass again. Without a seed there was no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 

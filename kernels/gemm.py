@@ -59,7 +59,7 @@ def load(
     source, row, column, rows, columns, stride_row, stride_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Load the tile [BLOCK_R, BLOCK_C] of a matrix [rows, columns] whose first element is at (row, column).
+    """Load a tile [BLOCK_R, BLOCK_C] of a matrix [rows, columns]. The tile begins at (row, column) of the matrix.
 
     `row` and `column` are scalars. Elements past the matrix's ends are 0. `source` is a pointer for MODE 0, a tensor
     descriptor for 1, and a descriptor of the transposed matrix for 2: see `operand`. Only MODE 0 reads the strides.
@@ -81,7 +81,7 @@ def load(
 def store(
     target, value, row, column, rows, columns, stride_row, stride_column, MODE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Round the float32 tile `value` and write it into a matrix [rows, columns], its first element at (row, column).
+    """Round the float32 tile `value` and write it into a matrix [rows, columns], where it begins at (row, column).
 
     `row` and `column` are scalars. Elements past the matrix's ends are not written. `target` is a pointer for MODE 0, a
     tensor descriptor for 1, and a descriptor of the transposed matrix for 2: see `operand`. Only MODE 0 reads the

@@ -221,9 +221,9 @@ def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
 def check_row(op: str, row: Row) -> None:
     """Raise `ValueError` unless `row` has the form of the rows that are shipped for its kernel of `op`.
 
-    TABLES has to have that kernel. The configuration has to hold as many numbers as one of the shipped ones or the
-    CANDIDATES. Its numbers, the architecture, the element size and the size have to be integers from 0 on. The message
-    is a clause without the file's name.
+    TABLES has to have rows for that kernel. The configuration of `row` has to have the length of a configuration in
+    the kernel's rows of TABLES or CANDIDATES. Its numbers, the architecture, the element size and the size have to be
+    integers from 0 on. The message is a clause without the file's name.
     """
     shipped = [other for other in TABLES.get(op, ()) if other.kernel == row.kernel]
     if not shipped:

@@ -48,10 +48,10 @@ def _gather_kernel(
 ):  # fmt: skip
     """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
 
-    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold the indices of these rows in
-    x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if the chunk has none at all,
-    nothing is written. Targets are clamped to [0, V) and become int32. The grid is (blocks of BLOCK_M rows, blocks of
-    BLOCK_C columns).
+    `index_ptr` has the indices in x [N, C] of all rows whose target is not ignored, and `count_ptr` points to their
+    number. `first` is their number in earlier chunks, so this chunk has count - first such rows, at most R. Its other
+    rows become zeros; if the chunk has none at all, nothing is written. Targets are clamped to [0, V) and become int32.
+    The grid is (blocks of BLOCK_M rows, blocks of BLOCK_C columns).
     """
     count = tl.load(count_ptr)
     if first < count:
@@ -75,13 +75,14 @@ def _logits_half(
     logits, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, R, V, stride_om, stride_on,
     KEEPS: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias to a tile of a product, which gives logits, and write statistics of each of the tile's rows.
+    """Add the bias to half a tile of logits, and write statistics of each of its rows.
 
-    The tile has half the columns of a product's tile. `m` and `n` are the row and the column of its first element in
-    the chunk's logits [R, V]. For each of the tile's rows, largest gets the largest logit and total the sum of
-    exponentials after that logit is subtracted. If `sum_ptr` is not None, sum gets the sum of the logits. These three
-    are [parts, R], and the tile is part n / width. picked [R] gets the logit of the row's target if the tile has it. If
-    KEEPS, the logits less the largest of their row in the tile are written to `out` [R, V].
+    `logits` is the left or the right half of a tile of the product of x and the weight, still without the bias. `m` and
+    `n` are the row and the column of its first element in the chunk's logits [R, V]. For each row of the half tile,
+    largest gets the largest logit and total the sum of exponentials after that logit is subtracted. If `sum_ptr` is not
+    None, sum gets the sum of the logits. These three are [half tiles of a row, R], and a half tile with w columns is
+    number n / w. picked [R] gets the logit of the row's target if the half tile has it. If KEEPS, the logits less the
+    largest of their row in the half tile are written to `out` [R, V].
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
@@ -112,13 +113,14 @@ def _logits_kernel(
 ):  # fmt: skip
     """Compute the logits a bᵀ + bias of a chunk, and write statistics of each half tile of them.
 
-    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. For each row
-    of a half tile, largest gets the largest logit and total the sum of exponentials relative to it. sum, unless its
-    pointer is None, gets the sum of the logits. All three are [half tiles of a row, M]. picked [M] gets the logit of
-    the row's target. With KEEPS the logits less the largest of their row in the half tile go to out [M, N].
+    a [M, K] holds the chunk's rows of x whose target is not ignored, and b [N, K] is the weight. For each row of a half
+    tile, largest gets the largest logit and total the sum of exponentials relative to it. sum, unless its pointer is
+    None, gets the sum of the logits. All three are [half tiles of a row, M]. picked [M] gets the logit of the row's
+    target. With KEEPS the logits less the largest of their row in the half tile go to out [M, N].
 
-    `count_ptr` points to the number of all rows that are not ignored, and `first` is how many of them lie before the
-    chunk. Tiles past the last row are skipped. The programs of a grid of any size share the tiles.
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is their number in earlier
+    chunks. So the chunk has count - first such rows, at most M. Tiles without such a row are skipped. The programs of a
+    grid of any size share the tiles.
     """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -146,14 +148,17 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Write the loss of each row of a chunk, and the maximum and the sum of exponentials of the row's logits.
 
-    Program i takes the BLOCK_M rows from i · BLOCK_M on. It joins the statistics [parts, R] of the `parts` tiles of a
-    row: the largest logit, the sum of exponentials relative to it and the sum of the logits. Maximum and sum of
-    exponentials (relative to the maximum) go to row [2, R]. `picked_ptr` [R] has the logit of each row's target.
+    The logits of a row lie in `parts` half tiles. `largest_ptr`, `total_ptr` and `sum_ptr`, [parts, R] each, have the
+    largest logit of each half tile, the sum of exponentials relative to it, and the sum of the logits. The kernel joins
+    the half tiles. It writes a row's maximum and its sum of exponentials, relative to the maximum, to row [2, R].
+    `picked_ptr` [R] has the logit of each row's target. Program i takes the BLOCK_M rows from i · BLOCK_M on.
 
-    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
-    chunk; rows past the last one are not written. The loss of row r goes to element index[first + r] of loss, its row
-    index in x, if SCATTERS, else to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label
-    smoothing; `sum_ptr` is None if it is 0.
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is their number in earlier
+    chunks. So the chunk has count - first such rows, at most R, and nothing is written for other rows.
+
+    The loss of row r goes to element index[first + r] of loss, its row index in x, if SCATTERS, else to element
+    first + r. No loss is written if `loss_ptr` is None. `smoothing` is the label smoothing; if it is 0, `sum_ptr` is
+    None.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -202,11 +207,13 @@ def _gradient_kernel(
     [parts, R] these largest ones. `row_ptr` [2, R] holds each row's largest logit and its sum of exponentials relative
     to it. The gradient may share memory with the logits. The grid is (parts, blocks of BLOCK_M rows).
 
-    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
-    chunk. Rows past the last one become zeros in a block that has a row before; other blocks write nothing. If
-    `dloss_ptr` is given, it holds the upstream gradient of the loss of each row of x, and `index_ptr` the row indices
-    in x. If `partial_ptr` is given, the sum over a block's rows, without FACTOR, goes to partial [blocks, V], for the
-    gradient of the bias.
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is their number in earlier
+    chunks. So the chunk has count - first such rows, at most R. A block that holds at least one of them writes zeros
+    for its other rows; a block that holds none writes nothing.
+
+    If `dloss_ptr` is given, it holds the upstream gradient of the loss of each row of x. `index_ptr` has the index in x
+    of each row whose target is not ignored. If `partial_ptr` is given, the sum over a block's rows, without FACTOR,
+    goes to partial [blocks, V], for the gradient of the bias. `smoothing` is the label smoothing.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -238,11 +245,11 @@ def _gradient_kernel(
 
 @triton.jit
 def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
-    """Write `scale` times a tile of a chunk's dx into the rows of out [N, C] from which the chunk's rows came.
+    """Write `scale` times `dx` into the rows of out [N, C] that have the indices of the chunk's rows in x.
 
-    `m` and `n` are the row and the column of the tile's first element in the chunk. `live` is how many rows of the
-    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has the
-    indices of all such rows in x.
+    `dx` is half a tile of the gradient of the chunk's rows. `m` and `n` are the row and the column of its first element
+    in the chunk. `live` is the number of the chunk's rows whose target is not ignored, and `first` the number of such
+    rows in earlier chunks. `index_ptr` has the indices of all such rows in x. Other rows of out are not written.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -264,8 +271,8 @@ def _dx_kernel(
     a [M, K] is the gradient of the logits times FACTOR, b [N, K] the transposed weight, and the result is a bᵀ /
     FACTOR. If MEAN, it is also multiplied by power / count. There count is the number of rows whose target is not
     ignored, and power the largest power of two up to count. `index_ptr` has the indices of these rows in x, `count_ptr`
-    points to count, and `first` is how many of them lie before the chunk. Other rows of `out` are not written. The
-    programs of a grid of any size share the tiles.
+    points to count, and `first` is their number in earlier chunks. Other rows of `out` are not written. The programs of
+    a grid of any size share the tiles.
     """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
@@ -288,9 +295,10 @@ def _dx_kernel(
 
 @triton.jit
 def _dweight_half(value, out_ptr, m, n, M, N, stride_om, stride_on, FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr):
-    """Write `value` / FACTOR to a tile of dW, in `out` [M, N], or add it to the tile if ACCUMULATES.
+    """Write `value` / FACTOR into dW, in out [M, N] float32, or add it to the values there if ACCUMULATES.
 
-    `m` and `n` are the row and the column of the tile's first element.
+    `value` is the left or the right half of a product's tile, float32. `m` and `n` are the row and the column of its
+    first element in dW. FACTOR is the power of two by which `_gradient_kernel` multiplied the gradients of the logits.
     """
     offs_m = m + tl.arange(0, value.shape[0])
     offs_n = n + tl.arange(0, value.shape[1])
@@ -309,12 +317,13 @@ def _dweight_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk's part of dW to out [M, N], or add it to the sum over the chunks before if ACCUMULATES.
+    """Write a chunk's part of dW to out [M, N], or add it to the sum over earlier chunks if ACCUMULATES.
 
     The part is a bᵀ / FACTOR. a [M, K] is the transposed gradient of the chunk's logits times FACTOR, and b [N, K] are
-    the chunk's rows of x, transposed. `count_ptr` points to the number of rows over all chunks, and `first` is how many
-    lie in the chunks before; later columns of a and b are left out. The programs of a grid of any size share the tiles.
-    A_MODE, B_MODE and PRECISION are those of gemm.py: how a and b are loaded, and how precise their product is.
+    the chunk's rows of x, transposed: column k of both belongs to row k of the chunk. `count_ptr` points to the number
+    of all rows whose target is not ignored, and `first` is their number in earlier chunks. So the chunk has
+    count - first such rows, at most K; further columns of a and b add nothing. The programs of a grid of any size share
+    the tiles. A_MODE, B_MODE and PRECISION are explained in `gemm.product`.
     """
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -335,11 +344,12 @@ def _dweight_kernel(
 def _dbias_kernel(
     partial_ptr, dbias_ptr, count_ptr, first, R, V, ROWS: tl.constexpr, ACCUMULATES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write a chunk's part of db to dbias [V] float32, or add it to the sum over the chunks before if ACCUMULATES.
+    """Write a chunk's part of db to dbias [V] float32, or add it to the sum over earlier chunks if ACCUMULATES.
 
-    The part is the sum of the rows of partial [R / ROWS rounded up, V], which `_gradient_kernel` wrote for every ROWS
-    of the chunk's R rows. `count_ptr` points to the number of rows over all chunks, and `first` is how many lie in the
-    chunks before; rows of partial past the last one are not read. Program i takes the BLOCK classes from i · BLOCK on.
+    The part is the sum of the rows of partial [R / ROWS rounded up, V]. `_gradient_kernel` wrote one such row for each
+    block of ROWS of the chunk's R rows. `count_ptr` points to the number of all rows whose target is not ignored, and
+    `first` is their number in earlier chunks. A row of partial is not read if its block holds no such row. Program i
+    takes the BLOCK classes from i · BLOCK on.
     """
     offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < V
@@ -428,7 +438,7 @@ def _run(
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
         """Launch `kernel`, which computes out = a bᵀ in tiles.
 
-        The launch configuration and the `count` are those of the enclosing `_run`. The kernel stores a tile in `parts`
+        The launch configuration and `count` come from the enclosing `_run`. The kernel stores a tile in `parts`
         parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other arguments by name.
         """
         arguments, switches = operands(launch, architecture, a, b, out, parts)
@@ -496,8 +506,10 @@ def forward(
     x is [..., C], weight [V, C], target [...] and bias [V] or None. A row counts if its target is not `ignore_index`.
     The loss is float32, [] for the reductions "mean" (0 if no row counts) and "sum", or in the shape of `target` for
     "none". count is float32 []. dx is in the dtype of x, 0 in rows that do not count; dweight and dbias are float32. A
-    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean". There dx alone is
-    multiplied by power / count, where power is the largest power of two up to count.
+    gradient that is not needed has shape [0].
+
+    For "mean" the caller has to divide dweight and dbias by n = max(count, 1), and dx by the largest power of two up to
+    n. This function has multiplied dx by that power / n before rounding it, and the caller's division is exact.
     """
     rows = as_matrix(x)
     N = rows.shape[0]

@@ -450,7 +450,8 @@ def forward(
     x is [..., C], `fc_weight` [F, C] and `proj_weight` [C', F]; a bias may be None. If `keeps_hidden`, `kept` [..., F]
     is the hidden layer after dropout for relu, and the activation's input for "gelu" and "gelu_tanh". Else `kept` has
     shape [0]. Dropout drops an element of the hidden layer if its 16 random bits are below `threshold`, and multiplies
-    others by `scale`. The bits are a function of `seed`, `site` and its position. Without a seed there is no dropout.
+    others by `scale`. The bits are a function of `seed`, `site` (the number of this dropout within a forward pass) and
+    the element's position. Without a seed there is no dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -477,9 +478,8 @@ def backward(
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. All are in the dtype
     of x, and those of the weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if
-    it is None, the hidden layer is computed again. Dropout dropped an element of the hidden layer if its 16 random bits
-    were below `threshold`, and multiplied others by `scale`. The bits are a function of `seed`, `site` and its
-    position. Without a seed there was no dropout.
+    it is None, the hidden layer is computed again. `seed`, `site`, `threshold` and `scale` are the arguments that
+    `forward` had, and give its dropout mask again. Without a seed there was no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]

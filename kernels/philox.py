@@ -55,14 +55,17 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, COMPARES: tl.constexpr):
     within a forward pass. An element is kept if its 16 random bits, a function of the seed, `site`, b, i and j, are at
     least `threshold`. `seed_ptr` points to one int64.
 
-    i and j may stand on either axis. The bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers.
-    In the accumulators of matrix instructions those are bits of the register, so one call serves many elements.
+    Either i or j may vary along the rows of the result. Eight elements that differ only in i // 8 % 2, j // 8 % 2 and
+    j % 2 share one call of the generator. In the accumulators of matrix instructions one thread holds all eight.
 
-    COMPARES chooses the instructions, not the result. With "lower" the 16 bits are compared alone, in the lower half of
-    a word. With "upper" and "rotated" they are compared in the upper half, whatever the lower half holds, which saves
-    an instruction for an odd j. A threshold of 0 does not work then; `dropping_seed` returns no seed for it. For an
-    even j "upper" shifts the word, which suits a thread whose elements all have an odd j or all an even one. "rotated"
-    suits a thread that has both: of a shifted word LLVM computes the lower half alone, once more beside the whole word.
+    COMPARES chooses the instructions, not the result:
+
+    - "lower" works for every threshold.
+    - "upper" and "rotated" save an instruction for an odd j, but the threshold must be at least 1. For a threshold of 0
+      the caller must skip dropout; `dropping_seed` returns None for it.
+    - "upper" suits a tile in which each thread has only odd j or only even j.
+    - "rotated" suits a tile in which each thread has both. LLVM would compute a part of each word twice there with
+      "upper".
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2

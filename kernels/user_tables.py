@@ -7,11 +7,12 @@ FOLDER = "GPT_FAST_LAUNCH_CONFIGS"  # environment variable with the folder of a 
 
 
 def user_table(name: str) -> Path | None:
-    """Return the path of the user's table called `name`, such as "sm_90", or None if the user wants none.
+    """Return the path of a table that `gpt-fast tune` writes, or None if the user has switched these tables off.
 
-    The file is <name>.json and need not exist. The environment variable GPT_FAST_LAUNCH_CONFIGS names its folder, by
-    default gpt_fast/launch_configs in $XDG_CONFIG_HOME or ~/.config. If the variable is set but empty, the user wants
-    none.
+    A table holds what is fastest on the user's machine. `name` is "cpu", or a GPU's architecture such as "sm_90", whose
+    table has launch configurations. The file is <name>.json and need not exist. The environment variable
+    GPT_FAST_LAUNCH_CONFIGS names the folder, by default gpt_fast/launch_configs in $XDG_CONFIG_HOME or ~/.config. A
+    variable that is set but empty switches the tables off.
     """
     folder = os.environ.get(FOLDER)
     if folder is None:

@@ -82,12 +82,12 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
     """Return the figures of a compiled kernel, which are read off its machine code.
 
     "registers" are those of a thread, and "spilled" is the bytes of its stack. "instructions", "mma", "wgmma", "ldg",
-    "stg", "lds", "sts" and "shfl" are numbers of instructions. "loops" has a dict for each innermost loop around matrix
-    products, with its numbers of instructions.
+    "stg", "lds", "sts" and "shfl" are numbers of instructions. "loops" is the list that `loops` returns, with a dict
+    for each innermost loop around matrix products.
 
     `cubin` is the kernel's binary, `folder` holds the program cuobjdump, and `warps` is the kernel's number of warps.
-    With `bounded`, loops that use wgmma also have "pipes", bounds of cycles. Raise `subprocess.CalledProcessError` if
-    cuobjdump fails.
+    With `bounded`, the dicts of loops that use wgmma also have "pipes", the estimated cycles for each unit of the chip.
+    Raise `subprocess.CalledProcessError` if cuobjdump fails.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -116,8 +116,9 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
     `launch` has "module", "kernel", "target", "signature", "constants", "divisible" and "options". The module torch is
     replaced by a stub in this process.
 
-    The figures are "registers", "spilled" bytes, "shared" (bytes of shared memory), "loops" (a dict for each loop
-    around matrix products) and numbers of instructions by kind. "tile" is [BLOCK_M, BLOCK_N], for attention alone.
+    The result has "registers", "spilled" (bytes), "shared" (bytes of shared memory), and numbers of instructions:
+    "instructions", "mma", "wgmma", "ldg", "stg", "lds", "sts" and "shfl". "loops" is the list that `loops` returns,
+    with a dict for each innermost loop around matrix products. "tile" is [BLOCK_M, BLOCK_N], for attention alone.
     "needs_wgmma" is 1 if the target has wgmma and the kernel has a 16-bit product of 64 rows or more, else 0.
     """
     stand_in_torch()
@@ -157,8 +158,8 @@ def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str
 def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
     """Return how many instructions dropout adds to each loop of an attention kernel, one number a loop.
 
-    `figure` and `without` are the figures of the kernel with dropout and without; "loops" and in it "instructions" are
-    used. Raise `ValueError` if they have different numbers of loops.
+    `figure` and `without` are the kernel's figures with dropout and without it. Only "loops" is read from them, a list
+    of dicts with "instructions". Raise `ValueError` if the two lists differ in length.
     """
     pairs = zip(figure["loops"], without["loops"], strict=True)
     return [mine["instructions"] - other["instructions"] for mine, other in pairs]
@@ -181,8 +182,8 @@ def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
 def budget_of(figure: Figure) -> dict[str, Any]:
     """Return the budget that a kernel's figures make: "registers", "spilled", "shared", "instructions", "dropout".
 
-    The values are those of the figures. "dropout", the instructions that dropout adds to each loop, is missing if the
-    figures have none.
+    The values are copied from `figure`, the kernel's figures. "dropout" lists how many instructions dropout adds to
+    each loop. It is left out if `figure` has no "dropout".
     """
     return {name: figure[name] for name in (*GROWTH, "dropout") if name in figure}
 
@@ -190,8 +191,8 @@ def budget_of(figure: Figure) -> dict[str, Any]:
 def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> list[str]:
     """Return a message for each loop in which dropout adds more instructions than the budget allows.
 
-    "dropout" in `figure` and in `budget` lists the instructions that it adds to each loop; a missing list counts as
-    empty. More than 1.05 times the budget's number is too much. If the lists differ in length, there is one message
+    "dropout" in `figure` and in `budget` lists how many instructions dropout adds to each loop. A missing list counts
+    as empty. More than 1.05 times the budget's number is too much. If the lists differ in length, there is one message
     that says so. `where` is the kernel's name in messages.
     """
     cost, allowed = figure.get("dropout", []), budget.get("dropout", [])
@@ -238,8 +239,8 @@ def spill_limit(key: str) -> int | None:
     """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
     `key` is the launch's name. At head size 64 the limit is 0. At head size 128 it is 0 without dropout and SPILLS
-    (128) with it. Other kernels have no limit here, and neither have float32 and candidates, which are not in use
-    before a GPU has measured them.
+    (128) with it. All other kernels have no limit here, nor have kernels in float32. Candidates have no limit either:
+    they are launch configurations that no GPU has measured yet, with " candidate " in `key`.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -251,9 +252,10 @@ def spill_limit(key: str) -> int | None:
 
 
 def is_small(key: str) -> bool:
-    """Return False for a kernel with head size over 128 or rows over 8,192, which does not fit in registers, else True.
+    """Return False for a kernel whose head size is over 128, or whose rows have more than 8,192 values, else True.
 
-    `key` is the launch's name, with the size in it, such as " D=64" or " N=768". A name without a size counts as small.
+    Larger sizes do not fit in registers. `key` is the launch's name, which contains the head size, such as " D=64", or
+    the length of a row, such as " N=768". A name without either counts as small.
     """
     size = re.search(r" (D|N)=(\d+)", key)
     return size is None or int(size[2]) <= SMALL[size[1]]
@@ -262,9 +264,10 @@ def is_small(key: str) -> bool:
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
     """Return the figures of attention's kernels of a pass as a list, one kernel forward and two backward, or None.
 
-    It is None if a kernel is missing on `target`, such as "sm_90", or if one has not two loops that both have "pipes",
-    bounds of cycles. `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64
-    bfloat16". `figures` maps launch's name → target → figures of the compiled kernel.
+    The result is None if a kernel is missing on `target`, such as "sm_90". It is also None if a kernel does not have
+    exactly two loops, both with "pipes" (estimated cycles for each unit of the chip). `step` is "forward" or
+    "backward", and `label` is the rest of the launches' names, such as "D=64 bfloat16". `figures` maps launch's name →
+    target → figures of the compiled kernel.
     """
     found = []
     for kernel in PASSES[step]:
@@ -278,10 +281,12 @@ def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: st
 def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> float | None:
     """Return the predicted speed of attention with dropout divided by that without it, or None.
 
-    The prediction takes the bounds of cycles of the loops that need no mask, for each element of a tile, added up over
-    the pass's kernels. It is None if a kernel is missing or has no such bounds. `step` is "forward" or "backward",
-    `label` is such as "D=64 bfloat16", without " dropout", and `target` such as "sm_90". `figures` maps launch's name →
-    target → figures of the compiled kernel.
+    Each kernel of the pass has a loop over tiles that need no mask. The estimated cycles of one iteration, divided by
+    the number of elements in a tile, are added up over the kernels. The speed is taken as the inverse of that sum. The
+    result is None if a kernel is missing or its cycles cannot be estimated.
+
+    `step` is "forward" or "backward", `label` is such as "D=64 bfloat16", without " dropout", and `target` is such as
+    "sm_90". `figures` maps launch's name → target → figures of the compiled kernel.
     """
     cycles = []
     for name in (label, f"{label} dropout"):
@@ -305,12 +310,12 @@ def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[s
 
 
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
-    """Return a message for each shipped attention kernel and architecture with too low a speed with dropout.
+    """Return a message for each pass of attention, label and architecture whose speed drops too much with dropout.
 
-    The speeds are predicted from bounds of cycles. With dropout, attention must keep at least 0.65 of its speed
-    forward, and 0.70 backward. A kernel without a prediction is skipped. Only architectures with speed targets count.
-    Candidates, which are not in use yet, are not judged. `figures` maps launch's name → target such as "sm_90" →
-    figures of the compiled kernel.
+    `dropout_speed` predicts the share of the speed that is left. It must be at least the pass's entry in DROPOUT_SPEED.
+    Labels without a prediction are skipped. So are candidates, launch configurations that no GPU has measured yet. Only
+    architectures that are `targeted` in kernels/architectures.py are checked. A label is such as "D=64 bfloat16".
+    `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
     """
     found = []
     for step, least in DROPOUT_SPEED.items():
@@ -327,13 +332,15 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
-    """Return a message for each kernel that spills too much or whose dropout costs too much, whatever the budget.
+    """Return a message for each broken statement: a limit on spills or on the cost of dropout, whatever the budget.
 
-    A kernel for heads up to 128 and rows up to 8,192 may spill 128 bytes. If it keeps to that, architectures with speed
-    targets have stricter limits on attention: fewer spills, and no access to shared memory added by dropout. For the
-    Triton release TRITON, attention must also keep a share of its predicted speed with dropout. `triton` is the minor
-    version that compiled the kernels, such as "3.6". `figures` maps launch's name → target such as "sm_90" → figures of
-    the compiled kernel.
+    A kernel may spill at most 128 bytes, unless its head size is over 128 or its rows have more than 8,192 values.
+    On architectures with speed targets, attention has further limits: on spills, and on accesses to shared memory that
+    dropout adds. They are not checked for a kernel that breaks the first limit. For the Triton release TRITON,
+    attention must also keep a share of its predicted speed with dropout.
+
+    `triton` is the minor version that compiled the kernels, such as "3.6". `figures` maps launch's name → target such
+    as "sm_90" → figures of the compiled kernel.
     """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
@@ -376,9 +383,10 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of the loops around matrix products on a target, such as "sm_90".
 
-    A row is a loop: numbers of instructions, those that dropout adds, and cycles by unit of the chip if there are
-    bounds. Attention has two loops: over tiles with a mask, then over tiles without. Kernels without figures on the
-    target are left out. `figures` maps launch's name → target → figures of the compiled kernel.
+    A row is a loop: its numbers of instructions, the number that dropout adds, and the estimated cycles for each unit
+    of the chip. The cycles are empty if the loop has no "pipes". Attention has two loops: over tiles with a mask, then
+    over tiles without. Kernels without figures on the target are left out. `figures` maps launch's name → target →
+    figures of the compiled kernel.
     """
     columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
@@ -407,9 +415,10 @@ def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
 def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of attention's predicted TFLOP/s on a target, such as "sm_90".
 
-    A row is a pass and kernel; the columns are the sequence lengths in LENGTHS. The last column is the share of its
-    speed that attention keeps with dropout, in rows with dropout only. Kernels without bounds of cycles are left out.
-    `figures` maps launch's name → target → figures of the compiled kernel.
+    A row is a pass with head size, dtype and dropout, such as "backward D=64 bfloat16 dropout". Its rates are for all
+    kernels of the pass together, one for each sequence length in LENGTHS. In rows with dropout, the last cell is the
+    share of the speed that attention keeps with dropout. A row is left out if a kernel of the pass is missing or its
+    cycles cannot be estimated. `figures` maps launch's name → target → figures of the compiled kernel.
     """
     lines = [
         "",

@@ -21,9 +21,10 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """Compile a C++ file of this repository for an instruction set, a key of `LEVELS`, without optimisation or output.
+    """Compile the C++ file `source` for the instruction set `level`, a key of `LEVELS`, without optimisation or output.
 
-    Return "" if it compiles, else its path, the instruction set and the compiler's errors as text.
+    `source` lies in this repository. Return "" if it compiles, else its path, the instruction set and the compiler's
+    errors as text.
     """
     vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [

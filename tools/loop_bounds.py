@@ -121,8 +121,9 @@ def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> 
     """Return the cycles of causal attention's loops for one head of T tokens, all programs added up.
 
     A program owns `own` rows of one axis (queries or keys) and loops over the other axis, `walked` rows in each
-    iteration. An iteration takes `masked` cycles where it meets the diagonal, which needs a mask, and `unmasked` cycles
-    before.
+    iteration. An iteration takes `masked` cycles if its tile meets the diagonal, which needs a mask. It takes
+    `unmasked` cycles if its tile lies wholly among the pairs that the causal mask keeps. The total is the same whether
+    programs own queries or keys.
     """
     total = 0
     for start in range(0, T, own):
@@ -143,9 +144,11 @@ def rate(products: int, D: int, T: int, total: float) -> float:
 
 
 def _lanes(opcode: str) -> str | None:
-    """Return the execution unit that an opcode occupies: "mufu", "fma", "imad" or "alu", or None.
+    """Return the key of LANES that has the rate of an opcode: "mufu", "fma", "imad" or "alu", or None.
 
-    It is None for memory, control flow, tensor cores and the uniform datapath.
+    "mufu" are special functions such as exp2, and "fma" is floating-point arithmetic. "imad" is integer multiply-add,
+    which runs on the unit of "fma" at half the rate, so `bound` adds the two up. "alu" is everything else, such as
+    logic and comparisons. The result is None for memory, control flow, tensor cores and the uniform datapath.
     """
     if opcode in _MEMORY or opcode in _CONTROL:
         return None

@@ -37,9 +37,12 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for a launch.
 
-    "signature" maps each parameter to its type such as "*bf16" or "i32", or to "constexpr" for a constant, which None
-    and 1 are too. "constants" maps these constants to their values. "divisible" lists the pointers, which are all
-    aligned to 16 bytes, and the integers that are multiples of 16, unless the kernel does not specialise them.
+    "signature" maps the name of each parameter to its type such as "*bf16" or "i32", or to "constexpr" if it is a
+    constant. None and the integer 1 count as constants too. "constants" maps the names of the constants to their
+    values. "divisible" lists the names of all pointers, which are aligned to 16 bytes, and of integers that are
+    multiples of 16. An integer that the kernel marks `do_not_specialize` is never listed, and it is no constant if it
+    is 1.
+
     "options" maps those of OPTIONS that the launch sets, such as "num_warps", to their values. `args` and `kwargs` are
     the arguments of the launch.
     """

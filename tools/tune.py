@@ -47,9 +47,10 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
 def ship(table: Path) -> None:
     """Write the launch configurations of a user's table into TABLES of kernels/launch_configs.py.
 
-    `table` is a file that `gpt-fast tune` wrote. A row of it replaces the shipped one for the same kernel,
-    architecture, element size and class of shapes, or is inserted. With the first row of an architecture come copies of
-    the rows that served it before.
+    `table` is a file that `gpt-fast tune` wrote. A row of the file replaces the shipped row for the same kernel,
+    architecture, element size and largest size of a shape, or is inserted if there is none. An architecture without
+    rows for a kernel uses the rows of another architecture. When it gets the first row, those rows are copied for it,
+    because the new row covers only some of the sizes.
     """
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
@@ -65,9 +66,10 @@ def main() -> None:
     """Measure launch configurations on the GPU (--compare FILE), or ship a table of them (--ship TABLE).
 
     With --compare, the time of each configuration is appended to FILE as a line of JSON, for the ops that the command
-    line names, by default all. --part 2/8 restricts that to a share of the classes of shapes. With --ship, the rows of
-    TABLE are written into kernels/launch_configs.py. Exit with a message for an unknown op, and with --compare if there
-    is no GPU.
+    line names, by default all. The shapes of an op fall into classes: a kernel, an element size and a largest size.
+    --part 2/8 measures every eighth class from the second on, so that eight processes can share the work. With --ship,
+    the rows of TABLE are written into kernels/launch_configs.py. Exit with a message for an unknown op, and with
+    --compare if there is no GPU.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")

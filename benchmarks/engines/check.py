@@ -59,21 +59,23 @@ def check(engine: Any, precision: str) -> None:
 
 
 def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
-    """Raise `ValueError` if the tokens that an engine generates are not nearly the most likely ones.
+    """Check that an engine generates tokens that are the most likely ones or nearly so. Otherwise raise `ValueError`.
 
-    `tokens` [B, T] is the prompt. `generate(tokens, NEW)` returns the prompt with NEW more tokens, [B, T + NEW]; any
-    other shape or prompt is an error too. `model` is the one that the engine runs in `precision`. The plain model with
-    its weights computes the logits in float64. The distance of a chosen token is the largest logit at its position
-    minus its own logit.
+    `model` is the model that the engine runs in `precision`, such as "int8". `tokens` [B, T] is the prompt.
+    `generate(tokens, NEW)` runs the engine and returns the prompt with NEW more tokens, [B, T + NEW]. Any other shape
+    or prompt also raises `ValueError`.
 
-    Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
-    logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, plus a float32 floor, and the distance
-    of two logits may be twice that. The largest distance is compared with the largest error, and the mean distance of
-    each row with the root mean square of the errors.
+    A `PlainGPT` with the model's weights computes exact logits in float64. The distance of a generated token is the
+    largest exact logit at its position minus the exact logit of this token. The errors are the differences between the
+    exact logits and the logits of `yardstick`, a copy of this `PlainGPT` in the engine's precision.
 
-    In int4 the errors are larger than the differences between logits. There the mean distance of each row is compared
-    with `MAX_FACTOR` times the mean distance of the text that `yardstick` itself generates. The largest distance is
-    compared as in other precisions.
+    The largest distance may be 2 · (MAX_FACTOR · e + f), where e is the largest error. f is FLOOR times the largest
+    magnitude of an exact logit, and allows for float32 rounding. The factor 2 is there because a distance is the
+    difference of two logits. The mean distance of each row has the same limit, but with the root mean square of the
+    errors as e.
+
+    In int4 the errors are larger than the differences between logits, so the limit of the means is another one. It is
+    MAX_FACTOR times the mean distance of the text that `yardstick` itself generates, without f.
     """
     text = generate(tokens, NEW)
     B, T = tokens.shape

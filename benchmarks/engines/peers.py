@@ -97,11 +97,14 @@ def name(engine: str, precision: str) -> str:
 def rivals(times: dict[str, float]) -> Iterator[Target]:
     """Yield the speed targets of gpt_fast against inference engines, three for each precision of gpt_fast's weights.
 
-    The keys of `times` are precisions: "float32", "bfloat16", "int8" or "int4". The value says how many times as fast
-    gpt_fast must be as the fastest engine of the same or a higher precision. That is the first target. The other two
-    are for runs beside a busy process. gpt_fast must be as fast as that engine. It must also reach 80 % of the speed
-    that it has on one thread less without the process. The targets of "bfloat16" and "int8" count only on CPUs with
-    instructions for such products.
+    The keys of `times` are these precisions, such as "int8", and the values are factors. In the first target, gpt_fast
+    must be this factor times as fast as its rival: the fastest engine of the same or a higher precision.
+
+    The other two targets are for runs beside a busy process. In the second, gpt_fast must be at least as fast as the
+    rival. In the third, gpt_fast must reach 80 % of the speed that it has without the busy process and with one thread
+    less.
+
+    The targets of "bfloat16" and "int8" count only on CPUs with instructions for matrix products in this precision.
     """
     for precision, least in times.items():
         who = OURS if precision == "float32" else f"{OURS} {precision} weights"

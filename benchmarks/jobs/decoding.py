@@ -64,8 +64,8 @@ def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
 def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -> float:
     """Return the median seconds of a greedy decode step of `session`, over `tokens` steps at batch 1.
 
-    Before the steps the session is reset and reads a prompt of PROMPT tokens, which is not timed. The tokens stay in
-    its cache. `now` returns the reading of a clock in seconds.
+    Before the steps the session is reset and reads a prompt of PROMPT tokens, which is not timed. `now` returns the
+    reading of a clock in seconds.
     """
     session.reset()
     session.prefill(torch.arange(PROMPT)[None])
@@ -129,8 +129,8 @@ def token_seconds(
     """Measure greedy decoding with the preset `name` at batch 1, by precision and with transformers. Return a dict.
 
     "model" is `name`. "read_bandwidth" is the median in bytes a second, and "read_bandwidth_range" is [least, most].
-    Each precision in WEIGHTS, and each name in the values of PEERS, has {"seconds": median time of a token, "range":
-    [least, most]}. The names of PEERS stand for transformers, and are missing if it is not installed.
+    Each precision in WEIGHTS, such as "int8", has {"seconds": median time of a token, "range": [least, most]} for
+    gpt_fast. "hf float32" and "hf bfloat16" have the same for transformers, and are missing if it is not installed.
 
     The entry of a precision also maps "bytes" to the size of the weights, "bytes_per_cached_token" to the size of one
     token's keys and values, and "of_bound" to a share: the least time in which a step can read its weights and cache,

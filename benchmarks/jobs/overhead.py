@@ -40,9 +40,10 @@ class Operators(TorchDispatchMode):
 
 
 def operators(run: Call) -> Call:
-    """Run `run` once. Return a call that runs the same gpt_fast operators again, with the same positional arguments.
+    """Run `run` once. Return a call that runs the gpt_fast operators in it again, with the same positional arguments.
 
-    The returned call skips the Python around the operators, runs without autograd, and returns None.
+    These are the custom operators that gpt_fast registers with PyTorch. The returned call skips the Python around the
+    operators, runs without autograd, and returns None.
     """
     with Operators() as mode:
         run()
@@ -63,10 +64,13 @@ def measured_ops() -> list[Topic]:
 def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
     """Return {(op, pass, name): call} for one op on tensors of a few elements. A call runs the pass once.
 
-    The name is "function" for gpt_fast's public function, "operators" for the PyTorch operators in it alone, or
-    "PyTorch" for PyTorch's own function, if there is one. If the topic has the pass "backward", the passes are
-    "forward" and "training", which is forward and backward. Otherwise every pass of the topic has an entry. `device` is
-    "cpu" or "cuda". gpt_fast's function is called a few times here.
+    A name is "function" for gpt_fast's public function, or "PyTorch" for PyTorch's built-in function, if there is one.
+    The name "operators" stands for the custom gpt_fast operators that the public function runs in this pass. Their call
+    runs them again, without the Python and the autograd around them.
+
+    `topic` is the topic of the op. If it has the pass "backward", the passes are "forward" and "training", which is
+    forward and backward. Otherwise every pass of the topic has an entry. `device` is "cpu" or "cuda". gpt_fast's
+    function is called a few times here.
     """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
@@ -85,10 +89,12 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
     """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}.
 
-    The name is "function" for gpt_fast's public function, "operators" for the PyTorch operators in it alone, or
-    "PyTorch" for PyTorch's own function. The quartiles come from ROUNDS rounds, after two that warm up. In each round
-    all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is enqueued.
-    With `cpu_time` it is CPU seconds of the process.
+    A name is "function" for gpt_fast's public function, "operators" for the custom gpt_fast operators in this function
+    without the Python around them, or "PyTorch" for PyTorch's built-in function. `topics` are the topics of the ops.
+
+    The quartiles come from ROUNDS rounds, after two that warm up. In each round all calls take turns, so that a
+    disturbance affects all. On a GPU the time is the host's until the call is enqueued. With `cpu_time` it is CPU
+    seconds of the process.
     """
     now = clock("cpu", cpu_time)
     calls = {key: call for topic in topics for key, call in calls_of(topic, device).items()}
@@ -112,9 +118,10 @@ def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, di
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
     """Measure what a call costs on the device. Return {"ops": {op: {pass: {name: {"q1", "median", "q3"}}}}}.
 
-    The calls are on tensors of a few elements. The name is "function" for gpt_fast's public function, "operators" for
-    the PyTorch operators in it alone, or "PyTorch" for PyTorch's own function. Times are seconds of the host. `quick`
-    changes nothing. With `cpu_time` the times are CPU seconds of the process.
+    The calls are on tensors of a few elements. A name is "function" for gpt_fast's public function, "operators" for the
+    custom gpt_fast operators in this function without the Python around them, or "PyTorch" for PyTorch's built-in
+    function. Times are seconds of the host. `quick` changes nothing. With `cpu_time` the times are CPU seconds of the
+    process.
     """
     return {"ops": seconds_of(measured_ops(), device, cpu_time)}
 
@@ -122,8 +129,9 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
 
-    The table has a row for each op and pass: median microseconds of the public function, of its operators alone, and of
-    PyTorch's function, or "" if that was not measured. `record` is the content of the study's results file.
+    The table has a row for each op and pass. It has the median microseconds of gpt_fast's public function, of the
+    custom gpt_fast operators in this function, and of PyTorch's built-in function. A cell is "" if its time was not
+    measured. `record` is the content of the study's results file.
     """
     device, date, load = record["device"], record["date"], record["load"]
     rows = []

@@ -69,7 +69,8 @@ def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
     """Return {"device", "versions", "commit"}, the facts that every results file holds.
 
     "device" has "type" ("cpu" or "cuda"), "name", "slug" (the name as a folder) and "bf16_products" (bool). For a CPU
-    it also has "int8_products" (bool) and "extension": the C++ extension's {"vector", "compiler"}, or None without it.
+    it also has "int8_products" (bool) and "extension", a dict on the build of the C++ extension, or None without it.
+    In "extension", "vector" is the instruction set, such as "AVX512", and "compiler" is the compiler as text.
     "versions" maps "python", "torch", each of PACKAGES (None if it is not installed), and on a GPU "cuda" to versions.
     "commit" is {"id", "dirty"}: the hash, and whether files that affect a measurement differ from it.
 

@@ -24,9 +24,10 @@ class Replays:
 def capture(make: Callable[[], list[Call]]) -> Replays:
     """Build calls by `make`, run each, and capture each as a CUDA graph. Return the replays, a `Replays`.
 
-    `make` returns a list of calls without arguments. The result's `calls` replay their graphs, `host` is the host's
-    median seconds for a direct call, and `first` is the seconds of the first call. `make` runs on the stream that is
-    captured, because a backward pass runs on the stream of its forward pass.
+    `make` returns a list of calls without arguments. The result's `calls` replay the graphs, one for each of these
+    calls. `host` is the median seconds that the host needs to launch a call directly, without a graph. `first` is the
+    seconds of the very first direct run, which may compile; it runs the first call of the list. `make` runs on the
+    stream that is captured, because a backward pass runs on the stream of its forward pass.
 
     Raises:
         RuntimeError: if a call does what a graph cannot hold, such as waiting for the device.

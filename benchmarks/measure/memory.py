@@ -48,8 +48,8 @@ def _status(field: str) -> int:
 def available_memory(device: str) -> int:
     """Return the bytes that a program may still allocate on the device, "cpu" or "cuda".
 
-    On a GPU it is the free memory, without what PyTorch's allocator keeps for reuse. On a CPU without Linux's
-    /proc/meminfo it is 1 << 62, which never limits.
+    On a GPU it is the memory that the driver reports as free. Memory that PyTorch's allocator keeps for reuse is not
+    counted. On a CPU it is Linux's estimate in /proc/meminfo, or 1 << 62, which never limits, if there is no such file.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]

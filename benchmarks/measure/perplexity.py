@@ -49,9 +49,11 @@ def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the perplexity of a run by the precision of its weights, and how far each is from float32 in percent.
+    """Print the perplexity of a trained model on held-out text, one line for each precision of the model's weights.
 
-    The one argument on the command line is the run's folder. Exit with a usage line for any other number of arguments.
+    Each line also has the difference from the perplexity with float32 weights, in percent. `run_perplexities` computes
+    the figures. The one argument on the command line is the folder of the training run that has the model. Exit with a
+    usage line for any other number of arguments.
     """
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.measure.perplexity RUN")

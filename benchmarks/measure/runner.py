@@ -72,8 +72,11 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
     """Return (implementations to measure on a case, [(implementation, reason why it is not measured)]).
 
     A `Topic` is an op or job, and a `Case` is a topic at fixed sizes, dtype and device. Implementations that the case
-    excludes by `case.peers` are in neither list. Of a topic with `pair_bytes`, which is training, compiled models are
-    not measured on cases that belong to a quick run. `quick` only changes the wording of that reason.
+    excludes by `case.peers` are in neither list.
+
+    Topics with `pair_bytes` train whole models, which take long to compile. Their compiled implementations are measured
+    on the larger cases only, never on the small cases that a quick run measures (`case.quick`). This holds in full runs
+    too. `quick` is True in a quick run, and only changes the wording of the reason.
     """
     run, missing = [], []
     for peer in topic.peers:
@@ -92,13 +95,16 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
     """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    The one beside them is timed in turn with them, but gets no record. `peers` are the implementations to measure.
+    `peers` are the implementations to measure. The one beside a group is the implementation with the name "gpt_fast",
+    or None if `peers` does not have it. It is timed in turn with the group, for comparison, but gets no record.
 
-    For a topic without `pair_bytes`, such as an op, the first group has all implementations that do not compile, if
-    there are any. Each that compiles, which may take a minute, is a later group beside gpt_fast's own, so that an
-    interrupted run has the first group. With `pair_bytes`, in training, each implementation is a group, because all the
-    models do not fit into memory together. Beside it is gpt_fast's own if two models fit and gpt_fast's own is in
-    `peers`, else None.
+    A topic without `pair_bytes`, such as an op, begins with a group of all implementations that do not compile, if
+    there are any. Nothing is beside this group. Each implementation that compiles follows as a group of one, with
+    "gpt_fast" beside it. Compiling may take a minute, so these groups are last.
+
+    Topics with `pair_bytes` train whole models, which do not all fit into memory together. Each implementation is a
+    group of one. "gpt_fast" is beside each of the others if the memory for two models, `topic.pair_bytes(case)`, is
+    available. Otherwise nothing is beside them.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -117,10 +123,13 @@ def measure(
     For each pass of the topic, `peers` are timed in turn, as often as `budget` says. `beside`, if given, takes turns
     with them and gets no record.
 
-    A record is a dict for one implementation. "case", "peer" (its name), "sizes", "dtype", "dropout" and "series" name
-    what was measured. "complete" is False if the case excludes implementations. "times" maps each pass to a summary in
-    seconds, and "work" to the least bytes and FLOPs. "tokens" is the number of tokens of a call, None for ops.
-    "peak_memory" is in bytes, or None if unknown.
+    A record is a dict for one implementation. "case" and "peer" are the names of the case and the implementation.
+    "sizes", "dtype" and "dropout" are properties of the case. "series" is the name of the size that grows from case to
+    case in its series, such as "T", or "" for a case in no series. "complete" is False if the case is meant for a few
+    implementations only, those in `case.peers`. "times" maps each pass to {"median", "q1", "q3", "first", "rounds"},
+    plus "to_ours" and "host" where `_take_turns` has them. "work" maps each pass to the fields of `Work`, the least
+    bytes and FLOPs. "tokens" is the number of tokens of a call, None for ops. "peak_memory" is in bytes, or None if
+    unknown.
 
     An implementation that failed in one pass has a record of its other passes. Errors of gpt_fast's own implementation
     are raised, except out of memory. `torch.compile`'s caches are cleared first.
@@ -354,9 +363,9 @@ def _now() -> dict[str, Any]:
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
     """Measure a study and write its record to `path`, then pass it to `settings.studied` and advance the progress bar.
 
-    `record` is the content of the study's results file, so far without results, which are added in place. With
-    `settings.busy` a busy process runs beside. If `record` is already complete, which means it has a "date", nothing is
-    measured or written.
+    `record` is the content of the study's results file. If it has no results yet, they are added in place, with a
+    "date". If it has a "date", it is complete from an earlier run, and nothing is measured or written. With
+    `settings.busy` a busy process runs beside.
     """
     settings.advance(0, study.name)
     if "date" not in record:
@@ -371,12 +380,13 @@ def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> Non
 def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
     """Measure what is missing in `run`, and write it to `path` after each group of implementations and at the end.
 
-    `run` is the content of the topic's results file, changed in place. The speed limits of the device are measured
-    first, for a new entry of "sessions". Then every case is measured on the implementations that have no record of it.
-    A group is one or more implementations that are timed in turn. In a busy run gpt_fast's implementations are also
-    measured without the busy process, on one thread less.
+    `run` is the content of the topic's results file, changed in place. The list "sessions" in it gets an entry for this
+    start of the program: the date, the machine's load and the speed limits of the device, which are measured first.
+    Then every case is measured on the implementations that have no record of it. A group is one or more implementations
+    that are timed in turn. In a busy run gpt_fast's implementations are also measured without the busy process, on one
+    thread less.
 
-    After each case `settings.done` is called with `run` and the new records. "partial" is True until the end.
+    After each case `settings.done` is called with `run` and the new records. "partial" in `run` is True until the end.
     """
     settings.advance(0, f"{topic.name}: floors")
     kept = settings.device == "cpu" and keep_freed()  # for every implementation, as the training commands do

@@ -139,12 +139,14 @@ class Stopwatch:
         return self.first
 
     def warm_up(self) -> float:
-        """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last one.
+        """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last call.
 
-        No further call is made after LONG / 2 (0.5) seconds of these. The last call is recorded as a round only if it
-        took more than VERY_LONG (8 s). The second step of a training still takes fresh memory, because the first has
-        left the optimizer's state between what it freed. If the first call took more than VERY_LONG and does not
-        compile, it is the only one: it is recorded as a round, and its seconds are returned.
+        Several calls warm up because, for example, the second step of a training still allocates new memory. No call is
+        begun once the calls after the first have taken LONG / 2 (0.5) seconds together. The last call is recorded as a
+        round only if it took more than VERY_LONG (8 s), so that it need not be repeated.
+
+        Without the constructor's `compiles`, a first call that took more than VERY_LONG is the only call. It is
+        recorded as a round, and its seconds are returned.
         """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:
@@ -185,11 +187,12 @@ class Stopwatch:
 def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
     """Time every implementation for as many rounds as the budget allows. Their calls alternate.
 
-    Each stopwatch is warmed up first, and then records its times. From the seconds of the warm-up the budget gives each
-    its number of rounds. Those with fewer rounds are spread evenly over the others' time.
+    `watches` has a stopwatch for each implementation. Each is warmed up first, and then records its times. The number
+    of rounds of an implementation follows from the budget and the seconds of the warm-up. Implementations with fewer
+    rounds are spread evenly over the time of the others.
 
-    A change of the machine's speed affects all of them. The order differs from round to round, because an
-    implementation that follows another finds its inputs cached, which is 20 % of a small op.
+    Because the calls alternate, a change of the machine's speed affects all implementations. The order differs from
+    round to round: an implementation that follows another finds its inputs cached, which saves 20 % of a small op.
     """
     planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
     laps = max(rounds for _, rounds in planned)

@@ -45,9 +45,9 @@ def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
 def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
     """Return the least bytes and FLOPs of a training step on B rows of T tokens, as a `Work`: forward, backward, AdamW.
 
-    A step has the FLOPs of three forward passes. The bytes are AdamW's alone, in float32: it reads weight, gradient and
-    two moments of each parameter, and writes all but the gradient. They are held against the copy bandwidth. The output
-    layer is applied to `output_rows` of the B × T positions.
+    A step has the FLOPs of three forward passes. The output layer is applied to `output_rows` of the B × T positions.
+    Only AdamW's bytes count, in float32: it reads weight, gradient and two moments of each parameter, and writes all
+    but the gradient. The result's `bound` is "copy": the speed limit for the bytes is the bandwidth of a copy.
     """
     return Work(7 * 4 * parameters(config), 3 * forward_flops(config, B, T, output_rows))
 
@@ -55,9 +55,9 @@ def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
 def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
     """Return the least bytes and FLOPs of reading a prompt of T tokens in each of B rows, as a `Work`.
 
-    Every weight of a matrix product is read once and has `element` bytes, which may be a fraction. Nothing else counts
-    as bytes, which are held against the read bandwidth. The output layer is applied to the last position of each row
-    only.
+    Every weight of a matrix product is read once and has `element` bytes, which may be a fraction. No other bytes
+    count. The result's `bound` is "read": the speed limit for the bytes is the read bandwidth. The output layer is
+    applied to the last position of each row only.
     """
     return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
 
@@ -66,8 +66,9 @@ def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, c
     """Return the least bytes and FLOPs of generating `new` tokens, one at a time, for each of B rows, as a `Work`.
 
     Each step reads every weight of a matrix product, of `element` bytes, and the cached keys and values of all earlier
-    tokens, of `cache_element` bytes. The bytes are held against the read bandwidth. `prompt` is the number of tokens in
-    each row of the cache at first. Reading the prompt itself is not counted.
+    tokens, of `cache_element` bytes. The result's `bound` is "read": the speed limit for the bytes is the read
+    bandwidth. `prompt` is the number of tokens in each row of the cache at first. Reading the prompt itself is not
+    counted.
     """
     C, L = config.hidden_dim, config.num_layers
     weights = int(element * matrix_parameters(config))

@@ -26,11 +26,14 @@ def _new_tokens(case: Case) -> int:
 
 
 def work_with(case: Case, weights: str) -> Work:
-    """Return the least bytes and FLOPs of a prefill or generation case as a `Work`, with weights in another precision.
+    """Return the least bytes and FLOPs of a prefill or generation case as a `Work`, with weights in a given precision.
 
-    `weights` is a key of ELEMENT: "float32", "bfloat16", "int8", "int8-a16" or "int4". A case with the size "new"
-    counts its decode steps, any other the reading of its prompt. Keys and values in the cache have 4 bytes with
-    "float32", else 2. For all but "float32", the rate of bfloat16 products may bound the case too.
+    `weights` is that precision, a key of ELEMENT such as "int8". "int8-a16" has int8 weights too, but rounds the inputs
+    of products to 16 bits, not 8. A case with the size "new" counts its decode steps, any other the reading of its
+    prompt. Keys and values in the cache have 4 bytes with "float32", else 2.
+
+    The result's `product` is "" for "float32", else "bfloat16". "bfloat16" allows the speed limit of a float32 case to
+    follow from the rate of bfloat16 products, if that is higher than the rate of float32 products.
     """
     size, element = case.size, ELEMENT[weights]
     if "new" in size:

@@ -46,11 +46,12 @@ def short(dtype: torch.dtype) -> str:
 
 
 def ours(op: str, options: Options = lambda case: {}) -> Peer:
-    """Return the `Peer` "gpt_fast": gpt_fast's own implementation of `op`, as one of those that a benchmark compares.
+    """Return gpt_fast's implementation of `op`, as a `Peer` with the name "gpt_fast".
 
-    `op` is the name of a function in `gpt_fast.ops`. A case is one shape, dtype and device to measure. For a case, the
-    peer builds that function with the keyword arguments `options(case)`, none by default. If the op has no kernel of
-    its own on the case's device, the peer counts as missing and gives a reason.
+    A `Peer` is an implementation that a benchmark compares with others. `op` is the name of a function in
+    `gpt_fast.ops`. A case is one shape, dtype and device to measure. For a case, the peer builds that function with the
+    keyword arguments `options(case)`, none by default. If gpt_fast has no kernel of `op` on the case's device, the peer
+    counts as missing and gives a reason.
     """
 
     def missing(case: Case) -> str | None:

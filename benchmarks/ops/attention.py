@@ -175,14 +175,14 @@ def flex_missing(case: Case) -> str | None:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call without arguments) for the kernels of causal attention, to compile and compare their code.
 
-    Each shape gives two pairs with one label, such as "D=64 bfloat16 dropout": its forward call, then its backward
-    call. The shapes are head sizes 64, 128 and 256 in bfloat16 and float32, and 64 in float16. Only float32 of the two
-    larger sizes lacks a variant with dropout.
+    Each combination of head size, dtype and dropout gives two pairs: the forward call, then the backward call. Both
+    have the same label, such as "D=64 bfloat16 dropout". Head sizes 64, 128 and 256 come in bfloat16 and float32, and
+    size 64 also in float16. Each comes without and with dropout, except that sizes 128 and 256 in float32 have none.
 
-    Then come candidates: launch configurations that no GPU has measured yet. A candidate gives its forward or its
-    backward call, in bfloat16, first without dropout, then with it. That call does nothing if the current architecture
-    is not the candidate's. The tensors are on the device `meta`, so a call can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/attention.py.
+    Then come candidates: launch configurations that no GPU has measured yet. A candidate is for the forward or the
+    backward kernels. It gives two pairs in bfloat16: its call without dropout, then with dropout. The call does nothing
+    if the current architecture is not the candidate's. The tensors are on the device `meta`, so a call can only be
+    recorded, which tools/record_launches.py does. `kernels` is the module kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
@@ -202,11 +202,12 @@ def launches(kernels: ModuleType) -> Launches:
 
 
 def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
-    """Return (forward call, backward call) of causal attention with head size D and dropout probability p.
+    """Return (forward call, backward call) of causal attention with head size D, for tensors of `dtype`.
 
-    The calls take no arguments. Their tensors are on the device `meta`, so they can only be recorded. q, k and v are
-    views of one packed projection, and backward computes its gradient. B, T and H are constants. If `p` is not 0, the
-    dropout threshold is always that of 0.1. `kernels` is the module kernels/attention.py.
+    The calls take no arguments. Their tensors are on the device `meta`, so the calls can only be recorded. q, k and v
+    are views of one packed projection, and backward computes the projection's gradient. B, T and H are constants. The
+    dropout probability `p` must be 0 or 0.1, because the dropout threshold is a constant. `kernels` is the module
+    kernels/attention.py.
     """
     B, T, H = 2, 4096, 4
     qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)

@@ -36,12 +36,13 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": N rows, width C, vocabulary size V, no dropout.
 
-    A GPU gets GPT-2's vocabulary at its four widths, with 16384 rows, and a series over V, all in bfloat16. Width 768
-    with GPT-2's vocabulary is also in a quick run.
+    A GPU gets GPT-2's vocabulary at GPT-2's four widths, with 16384 rows, and a series over V with 8192 rows, all in
+    bfloat16. A quick run has width 768 with GPT-2's vocabulary only.
 
-    A CPU gets GPT-2's vocabulary at its four widths, with 1024 rows, and a series over V, in float32. At width 768 it
-    also gets bfloat16, and 256 rows in float32, the only case of a quick run. Larger widths, the series, and bfloat16
-    without instructions for it are limited to two or three implementations.
+    A CPU gets GPT-2's vocabulary at GPT-2's four widths, with 1024 rows, in float32. The three larger widths are
+    limited to gpt_fast and PyTorch. Width 768 also runs in bfloat16, limited to gpt_fast and PyTorch if the CPU lacks
+    instructions for it. A series over V with 512 rows is in float32, limited to gpt_fast, PyTorch and the reference. A
+    further case has 256 rows of width 768 in float32; a quick run has this case only.
     """
     if device == "cuda":
         yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
@@ -123,8 +124,9 @@ def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call without arguments) for the loss over GPT-2's vocabulary, with 8192 rows of width 768.
 
     Plain bfloat16 gives three calls: the mean loss with gradients, without gradients (" no_grad"), and the backward
-    pass of one loss per row (" single losses"). Then comes the mean loss with gradients for four variants: bias and
-    label smoothing, a transposed weight, and a bias in float16 and in float32. A label is such as "V=50257 C=768
+    pass of one loss per row (" single losses"). Then comes the mean loss with gradients for four variants. Two are in
+    bfloat16: one with a bias and label smoothing, one with a transposed weight. Two have a bias, with x, weight and
+    bias all in float16 or all in float32. A label is such as "V=50257 C=768
     bfloat16 no_grad". The tensors are on the device `meta`, so the calls can only be recorded, which
     tools/record_launches.py does. `kernels` is the module kernels/linear_cross_entropy.py.
     """

@@ -62,9 +62,11 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths C.
 
     On a GPU, M is 16384, in bfloat16; width 768 also comes with dropout 0.1. On a CPU, M is 512 and 1024, in float32;
-    width 768 also comes with dropout. With dropout, 512 rows also run in bfloat16 if the CPU has instructions for it.
-    If it lacks them, width 768 with 1024 rows also runs in bfloat16, on gpt_fast and PyTorch only. A quick run has
-    width 768 without dropout, on a CPU with 512 rows.
+    width 768 also comes with dropout 0.1 for each M. A quick run has width 768 without dropout, on a CPU with 512 rows.
+
+    On a CPU, bfloat16 runs at width 768 only. If the CPU has instructions for bfloat16, the only case is 512 rows with
+    dropout. If the CPU lacks them, there are two cases for gpt_fast and PyTorch only: 1024 rows without dropout, and
+    1024 rows with it.
     """
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:

@@ -18,7 +18,7 @@ def seconds(value: float) -> str:
 def memory(value: int | None) -> str:
     """Return a number of bytes as text in MiB or GiB, such as "12.5 MiB" or "1.25 GiB"; "" for None.
 
-    GiB, with two decimals, is used from 1,000 MiB on. Less has up to three digits.
+    From 1,000 MiB on, the text is in GiB with two decimals. Below, it is in MiB with up to three significant digits.
     """
     if value is None:
         return ""
@@ -29,8 +29,8 @@ def memory(value: int | None) -> str:
 def rate(name: str, value: float) -> str:
     """Return a rate as text with three significant digits, such as "12.5 GB/s" or "1.2 TFLOP/s".
 
-    `name` is that of a measured speed limit. If it begins with "matmul", `value` is in FLOPs a second, else in bytes a
-    second. The unit is 10¹² a second from there on, else 10⁹.
+    `name` is the name of a measured speed limit, such as "copy" or "matmul float32". If it begins with "matmul",
+    `value` is in FLOPs a second, else in bytes a second. The unit has the prefix T for 10¹² or more, G for less.
     """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
     return f"{scale / 1e12:.3g} T{unit}" if float(f"{scale:.3g}") >= 1e12 else f"{scale / 1e9:.3g} G{unit}"

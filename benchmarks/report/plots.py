@@ -108,8 +108,8 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
 
     `run` is the content of a topic's results file. The growing size is the name of the size that varies in a series of
     cases, such as "T". The kind is their dtype and dropout as text. Cases outside of any series are under ("", ""). The
-    records of a case are a dict from implementation to record. A series is sorted by the growing size; one with a
-    single case is left out.
+    records of a case are a dict from implementation to record. The cases of a series are sorted by the growing size. If
+    a series has only one case for a kind, that case is dropped from the result.
     """
     found: dict[tuple[str, str], Series] = {}
     for records in results.by_case(run).values():
@@ -198,7 +198,7 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
     The y axis is seconds for a whole-model job. For an op it is GFLOP/s or, if the pass has no FLOPs, GB/s. `series` is
     the name of the growing size, and `passes` that of the pass. `run` is the content of a topic's results file. `group`
     has a dict for each case, from implementation to record. The first case must have a record with times of the pass.
-    The limit is drawn from the records of one implementation.
+    The limit is computed from the records of the first implementation with times of the pass, usually gpt_fast.
     """
     first = next(record for record in group[0].values() if passes in record["times"])
     work, job = first["work"][passes], first["tokens"] is not None

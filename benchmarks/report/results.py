@@ -50,13 +50,16 @@ def read(path: Path) -> Run:
     """Return the content of the results file of a topic (an op or a whole-model job) as a dict.
 
     Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
-    "records" and "missing", and in some files "untested" and "busy". "sessions" lists starts of the program. "records"
-    has a dict for each case and implementation, and "missing" for each pair that was not measured. "partial" says if
-    the run was cut off. Types of fields and keys of records are checked.
+    "records" and "missing". "suite" is "ops", "train" or "decode". "partial" is True if the run was cut off. "sessions"
+    has a dict for each start of the program, and "records" one for each measured pair of case and implementation.
+    "missing" has a dict with "case", "peer" (the implementation) and "reason" for each pair that was not measured.
+
+    Some files also have "untested": True, if the tests were not run before, and "busy": True, if a busy process ran
+    beside. Types of fields and keys of records are checked.
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is not a results file of this suite, of another version, or damaged.
+        ValueError: if the file is no results file of these benchmarks, or has another version, or is damaged.
     """
     run = _load(path)
     wrong = [name for name, kind in _RUN.items() if not isinstance(run.get(name), kind)]
@@ -68,12 +71,13 @@ def read(path: Path) -> Run:
 def read_study(path: Path, study: Study) -> dict[str, Any]:
     """Return the content of a study's results file as a dict.
 
-    A study is a measurement with fields of its own. The keys are "schema", "version", "topic", "suite", "quick",
-    "device", "versions", "commit", "date" and "load", and those that the study measures, among them `study.fields`.
+    A study is a measurement whose results file has fields that no other file has. The keys are "schema", "version",
+    "topic", "suite", "quick", "device", "versions", "commit", "date" and "load", and the fields of the study, among
+    them `study.fields`. "topic" is the study's name, and "suite" is "ops", "train" or "decode".
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is not a results file of this suite, of another version, or lacks a field of the study.
+        ValueError: if the file is no results file of these benchmarks, or has another version, or lacks a field.
     """
     record = _load(path)
     wrong = [name for name, kind in _HEAD.items() if not isinstance(record.get(name), kind)]
@@ -153,7 +157,8 @@ def read_any(path: Path) -> list[Run]:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if a file is not a results file of this suite, of another version, or damaged, or a folder has none.
+        ValueError: if a file is no results file of these benchmarks, or has another version, or is damaged, or if a
+            folder has no results files.
     """
     if not path.is_dir():
         return [read(path)]
@@ -190,9 +195,10 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
     `record` is a dict with the results of one implementation on one case, and `passes` the name of one pass. `floors`
     maps "copy", "read" and "matmul <dtype>" to dicts with "rate", measured in the record's session.
 
-    The result is the longer of two times: that of the pass's bytes at the copy or read bandwidth, and that of its FLOPs
-    at the matrix rate, which is 0 if no rate was measured. The matrix rate is the fastest of the record's dtype, of
-    float32 (operands can be widened) and of a further dtype that the record's work may name.
+    The result is the longer of two times. The first is the pass's bytes divided by a bandwidth, "copy" or "read",
+    whichever the record's work names in "bound". The second is the pass's FLOPs divided by the matrix rate. The second
+    time is 0 if no matrix rate was measured. The matrix rate is the fastest of up to three: for the record's dtype, for
+    float32 (operands can be widened) and for a further dtype that the record's work may name in "product".
     """
     work = record["work"][passes]
     rates = [

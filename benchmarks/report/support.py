@@ -4,10 +4,11 @@ from gpt_fast import ops, reference
 
 
 def table() -> str:
-    """Return a Markdown table with a row for each op: "yes" if it has a reference, a C++ kernel, a Triton kernel.
+    """Return a Markdown table of the implementations that each op has in this installation, with a row for each op.
 
-    An empty cell means that PyTorch's dispatcher now has no such kernel of the op; the reference runs on that device.
-    The text ends in a newline.
+    The columns are the op's name, the reference (any device), the C++ kernel (CPU) and the Triton kernel (CUDA). A cell
+    is "yes" if the op has that implementation, else empty. On a device for which an op has no kernel, the reference
+    runs. The text ends in a newline.
     """
     lines = [
         "| op | reference, any device | C++, CPU | Triton, CUDA |",

@@ -88,9 +88,10 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
 def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
     """Return an implementation's time in one pass as a multiple of gpt_fast's time, as text.
 
-    `time` and `ours` are the summaries of times in the two records; `ours` is None if gpt_fast was not measured. If
-    `time` has the ratio over pairs of rounds, the text is its median and quartiles, such as "1.25 (1.20 to 1.31)".
-    Otherwise it is the ratio of the medians, such as "1.25", or "" if `ours` is None.
+    `time` and `ours` are the two implementations' summaries of times; `ours` is None if gpt_fast was not measured. If
+    `time` has "to_ours", the text is its median and quartiles, such as "1.25 (1.20 to 1.31)". "to_ours" was measured as
+    the ratio of calls that ran shortly after each other. Otherwise the text is the ratio of the two median times, such
+    as "1.25", or "" if `ours` is None.
     """
     if "to_ours" in time:
         pairs = time["to_ours"]
@@ -153,7 +154,8 @@ def highlights(runs: list[Run]) -> list[list[str]]:
     name, or "".
 
     `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and no implementation
-    was excluded on purpose. The last complete case of a topic, dtype and dropout counts as the largest.
+    was excluded on purpose. The last complete case of a topic, dtype and dropout in its file counts as the largest;
+    sizes are not compared.
     """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
@@ -161,9 +163,10 @@ def highlights(runs: list[Run]) -> list[list[str]]:
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
     """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
 
-    Of each topic, dtype and dropout only the last complete case is in it, which counts as the largest, and only if
-    another implementation was measured. Runs beside a busy process do not count. `runs` are the contents of topics'
-    results files.
+    Each topic, dtype and dropout has at most one case: the last complete one in its file, which counts as the largest.
+    A case is complete if gpt_fast was measured and no implementation was excluded on purpose. The case is left out if
+    nothing was measured to compare gpt_fast with. Runs beside a busy process do not count. `runs` are the contents of
+    topics' results files.
     """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
@@ -171,11 +174,14 @@ def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
 
 
 def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
-    """Return [(run, case's name, records by implementation, passes)]: the largest case by topic, dtype and dropout.
+    """Return [(run, case's name, records by implementation, passes)], one entry for each topic, dtype and dropout.
 
-    Only complete cases of quiet runs count: gpt_fast was measured, and no implementation was excluded on purpose. The
-    last of them counts as the largest. The case's name begins with the topic and ends in the passes. The passes are the
-    names of those in which gpt_fast was measured. `runs` are the contents of topics' results files.
+    The entry is the last complete case of that topic, dtype and dropout in quiet runs. This case counts as the largest;
+    sizes are not compared. A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A
+    quiet run has no busy process beside it.
+
+    The case's name begins with the topic and ends in the passes, except that the pass "step" is not named. `passes` are
+    the names of the passes in which gpt_fast was measured. `runs` are the contents of topics' results files.
     """
     largest = {}
     for run, case, records in _complete(runs):
@@ -216,9 +222,10 @@ def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> t
     """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
     Rivals are the implementations not by gpt_fast that have `Peer.rival` and were measured in all of `passes`, the
-    names of passes. If the suite has dropped the topic, `Peer.rival` is not required. A single pass is compared by the
-    median ratio over pairs of rounds if the record has it. Otherwise the medians are added up over the passes and
-    divided. `run` is the content of a topic's results file. `records` maps implementation → its record in that file.
+    names of passes. If the suite has dropped the topic, `Peer.rival` is not required. The median times are added up
+    over the passes and divided. For a single pass, the median in "to_ours" of the rival's times is taken instead, if it
+    is there. "to_ours" was measured as the ratio of calls that ran shortly after each other. `run` is the content of a
+    topic's results file. `records` maps implementation → its record in that file.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -254,8 +261,11 @@ def beside(runs: list[Run]) -> list[list[str]]:
 
     A busy run was measured while another process computed in an endless loop, a quiet run was not. `runs` are the
     contents of topics' results files. The first cells are the case with its implementation, the quiet speed and the
-    busy speed. A speed is in tokens a second for jobs, else a time. Then come two shares: the busy speed of the quiet
-    one, and of the quiet one with one thread less, "" if that was not measured.
+    busy speed. A speed is in tokens a second for jobs, else a time.
+
+    Two percentages follow, the busy speed divided by each of two others. The first is the quiet speed. The second is
+    the speed with one thread less and no busy process; that cell is "" if it was not measured. The file of the busy run
+    has this second speed.
     """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
@@ -306,14 +316,18 @@ def missing(run: Run) -> list[str]:
 def floors_line(run: Run, index: int) -> str:
     """Return a line with the date, load and measured speed limits of session number `index` of a run, from 0.
 
-    A session is one start of the benchmark program. `run` is the content of a topic's results file. If the rate of a
-    limit by the device's data sheet is known, it follows in parentheses.
+    A session is one start of the benchmark program. `run` is the content of a topic's results file. A speed limit is
+    the measured rate of a copy, a read or a matrix product. If the vendor's data sheet states a rate for the same work,
+    that rate follows in parentheses. The line also says if the C library kept freed memory.
     """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])
 
     def figure(name: str, measured: float) -> str:
-        """Return a limit's name and measured rate as text, and its rate in the outer `stated` if that has one."""
+        """Return a speed limit's name and its rate `measured` as text, and the rate that the data sheet states, if any.
+
+        The outer function's `stated` has the rates of the data sheet.
+        """
         beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
         return f"{name} {rate(name, measured)}{beside}"
 
@@ -348,11 +362,11 @@ def _versions(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return a list of one Markdown paragraph: the speed limits of each session, and whatever is special in the run.
+    """Return a Markdown paragraph on the speed limits of each session and on anything special in the run.
 
-    Special are CPU time instead of wall time, a device without bfloat16 products, a busy process, a quick run, tests
-    that were not run, and an interrupted run. `run` is the content of a topic's results file. Its lines end in
-    Markdown's hard line break.
+    The result is a list with one string, the whole paragraph. Markdown's hard line breaks separate the paragraph's
+    lines. Special are CPU time instead of wall time, a device without bfloat16 products, a busy process, a quick run,
+    tests that were not run, and an interrupted run. `run` is the content of a topic's results file.
     """
     lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
     if run["device"]["name"].endswith("CPU time"):

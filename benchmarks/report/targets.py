@@ -66,11 +66,11 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 
 
 def unjudged(runs: list[Run]) -> list[str]:
-    """Return a line of text for each implementation that has targets which do not count on the run's device.
+    """Return a line for each implementation that has a target for instructions which the run's device lacks.
 
-    These targets are for devices with certain instructions, such as "bf16_products", and the run's file says that its
-    device has none. A line is such as "<implementation>: this CPU has no bf16 products"; there is one if the target
-    could otherwise be judged. `runs` are the contents of topics' results files.
+    A line is such as "<implementation>: this CPU has no bf16 products". An implementation has only one line, however
+    many of its targets need missing instructions. A target gives no line if what it compares was not measured. `runs`
+    are the contents of topics' results files.
     """
     found = {}
     for run in runs:
@@ -101,12 +101,16 @@ def case_of(run: Run, record: Record) -> Case:
 
 
 def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
-    """Return the verdict on a target for one case: a text that names the case, the comparison, and both figures.
+    """Return the `Verdict` on a target for one case, with the figure to reach and the figure reached, or None.
 
-    `run` is the content of a topic's results file. `records` maps implementation → record of the case. A target
-    compares `target.who` with the measured speed limit, with tokens a second, or with other implementations. Of several
-    others, the fastest measured one counts. A target without passes means all that `target.who` was measured in. The
-    result is None if `target.who`, one of the passes, or all of the others were not measured.
+    A target compares the implementation `target.who` with the measured speed limit, with a number of tokens a second,
+    or with other implementations. Of several others, the fastest measured one counts. A target without passes means all
+    passes that `target.who` was measured in. The result is None if `target.who`, one of the passes, or all of the
+    others were not measured.
+
+    The verdict's `case` is text: topic, case, passes, and `target.who` unless it is gpt_fast. `against` names what
+    `target.who` is compared with. `required` and `reached` are the figures. `run` is the content of a topic's results
+    file. `records` maps implementation → record of the case.
     """
     who = records.get(target.who)
     if who is None:
@@ -132,9 +136,9 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
 def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
     """Return how many times as long the implementation of the record `peer` took as that of the record `who`.
 
-    `passes` are names of passes that both have. If there is one pass, `who` is gpt_fast's record, and `peer` has the
-    median ratio over pairs of rounds, that ratio is returned. Otherwise medians are added up over the passes and
-    divided.
+    `passes` are names of passes that both records have. The median times are added up over the passes and divided. If
+    there is one pass and `who` is gpt_fast's record, the median in "to_ours" of the pass is returned instead, if it is
+    there. "to_ours" was measured as the ratio of calls that ran shortly after each other.
     """
     if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
         return peer["times"][passes[0]]["to_ours"]["median"]
@@ -147,7 +151,7 @@ def _total(record: Record, passes: tuple[str, ...]) -> float:
 
 
 def _figure(against: str, value: float) -> str:
-    """Return the figure of a target as text: "85%" of the speed limit, "550,000" tokens/s, or a multiple, "1.25 ×".
+    """Return a target's figure `value` as text: "85%" of the speed limit, "550,000" tokens/s, or a multiple, "1.25 ×".
 
     `against` chooses the form: FLOOR ("the floor") is a share of the measured speed limit. TOKENS ("tokens/s") is
     tokens a second. Anything else is the name of an implementation that is compared with.

@@ -98,7 +98,7 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
 
 
 def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
-    """Return the ids of all texts as one `TokenStream` of int32 in memory.
+    """Return the ids of all texts, encoded with `tokenizer`, as one `TokenStream` of int32 in memory.
 
     The id `start_token` is put in front of each text, unless it is None. No other special token is added. Long texts
     are encoded in pieces, so this function takes four bytes of memory for each token, and little more.

@@ -31,14 +31,16 @@ def is_same_label(label: str, other: str) -> bool:
 def class_names(source: str, column: str, labels: Sequence[str], place: Place) -> list[str]:
     """Return the classes of a label column, each once.
 
-    If all labels are numbers, the classes are sorted by value, each in its shortest spelling. Otherwise they are the
-    labels as they are, sorted as texts. Numbers with a leading 0, such as 007, count as texts. `labels` holds the label
-    of each row. Messages name the file `source`, the column's name `column` and the position `place(row)` of a row,
+    If all labels are numbers, labels of equal value, such as 1 and 1.0, are one class. The classes are then sorted by
+    value, each in its shortest spelling. In any other column, each different label is a class, and the classes are
+    sorted as texts. A label such as 007, with a leading 0 before another digit, is not a number here. `labels` holds
+    the label of each row. Messages name the file `source`, the column `column` and the position `place(row)` of a row,
     "line 5" for example.
 
-    Raise `ValueError` if two texts may be one class, because they differ only in case or spell one number. Also raise
-    it if a label may mark rows without a label: -1 where all labels are whole numbers from -1 on and 0 is among them,
-    or "-" where "+" is no label.
+    Raise `ValueError` if not all labels are numbers and two of them may be one class: they differ only in case, or
+    spell one number, such as 1 and 1.0. Also raise it if a label may mark rows without a label. In a column of numbers,
+    this is -1 if all labels are whole numbers from -1 on and 0 is among them. In any other column, it is "-" if "+" is
+    no label.
     """
     rows: dict[str, int] = {}
     for row, label in enumerate(labels):
@@ -158,14 +160,15 @@ def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None
 
 
 def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
-    """Return the way in which the labels of a column name the right choice: "text", "letters", "0" or "1".
+    """Return the way in which the labels of a column name the right choice: "text", "letters" or "0".
 
-    These are the choice's text, a letter from A on, and a number that counts from 0 or from 1 (see `answer_index`).
-    `labels` and `choices` hold the label and the list of choices of each row. A way is possible if every row's label
-    names a choice by it. If all possible ways name the same choices, the first of them in this order is returned.
+    These are the choice's text, a letter from A on, and a number that counts from 0 (see `answer_index`). A way is
+    possible if every row's label names a choice by it. If several ways are possible, the first of them is returned.
+    `labels` and `choices` hold the label and the list of choices of each row.
 
-    Raise `ValueError` if no way is possible, if two possible ways name different choices, or if only "1" is possible.
-    Messages name the file `source` and the position `place(row)` of a row, "line 5" for example.
+    Raise `ValueError` if no way is possible or two possible ways name different choices. Also raise it if the labels
+    can only be numbers that count from 1, which the user has to confirm by --answers 1. Messages name the file `source`
+    and the position `place(row)` of a row, "line 5" for example.
     """
     found = {
         reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]

@@ -73,10 +73,11 @@ class PrepareSettings:
 def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Callable[[str], None]) -> dict[str, Any]:
     """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return the content of data.json.
 
-    This is a dict with `data`, `tokenizer`, `vocabulary` (its size), `dtype`, `plan` (a hash of the inputs), and the
-    numbers of documents and tokens: `train_documents`, `train_tokens`, `valid_documents`, `valid_tokens`. `show(done,
-    total)` is called with the number of units (ranges of the data) that are done and of all units. `say` is called with
-    each message for the user.
+    This is a dict. `data` (a list) and `tokenizer` are the settings of that name. `vocabulary` is the vocabulary size,
+    `dtype` the type of the ids, "uint16" or "uint32", and `plan` a hash of the inputs. The numbers of documents and
+    tokens are `train_documents`, `train_tokens`, `valid_documents` and `valid_tokens`. `show(done, total)` is called
+    with the number of units (ranges of the data) that are done and of all units. `say` is called with each message for
+    the user.
 
     Raise `FileNotFoundError` if an input does not exist. Raise `FileExistsError` if `settings.out` is a file, holds
     files that this command did not write, or holds tokens of other inputs and `settings.overwrite` is False. Raise
@@ -118,9 +119,9 @@ def _in_folder(
     user.
 
     Raise `FileExistsError` if the folder holds files that this command did not write, or, unless `settings.overwrite`,
-    tokens of other inputs. Raise `ValueError` for bad data; what was made of it is deleted. Raise `ChildProcessError`
-    if a worker process was killed. For this error, for `OSError` and for `Interrupted`, a message says how many units
-    are done.
+    tokens of other inputs. Raise `ValueError` for bad data, after the files that were made from it are deleted. Raise
+    `ChildProcessError` if a worker process was killed, and `OSError` if a file cannot be read or written. Both messages
+    state how many units are done. An `Interrupted` passes through with the same statement in its attribute `saved`.
     """
     out, parts = settings.out, settings.out / PARTS
     if (
@@ -182,11 +183,11 @@ def _prepare(
     """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
 
     A unit is a range of the data; see `Unit`. The tokenizer is made first, unless a stopped run left it. Then the
-    tokens of each unit are written to the folder `.parts` below `settings.out`, which has to exist and is removed at
-    the end. train.bin, valid.bin and tokenizer.json are written before data.json. `plan_hash` identifies the inputs and
-    goes into data.json. `show(done, total)` is called with the number of units that are done and of all units, `say`
-    with messages for the user. Return the content of data.json. Raise `ValueError` if no document is for training or
-    none for validation.
+    tokens of each unit are written to the subfolder .parts of `settings.out`. The caller has to make this subfolder,
+    and `_prepare` removes it at the end. train.bin, valid.bin and tokenizer.json are written before data.json.
+    `plan_hash` identifies the inputs and goes into data.json. `show(done, total)` is called with the number of units
+    that are done and of all units, `say` with messages for the user. Return the content of data.json. Raise
+    `ValueError` if no document is for training or none for validation.
     """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():
@@ -280,8 +281,9 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
     A job is the tuple of the arguments of `tokenise`, of which the index is the first. Jobs may end in any order. With
     one process or a single job, this process itself does the work.
 
-    An error in a job ends the workers and is raised. If it is a `ValueError`, the jobs before it in `jobs` are waited
-    for, and the error of the first job that failed is raised. A killed worker raises `BrokenProcessPool`.
+    An error in a job ends the workers and is raised. After a `ValueError`, all jobs that precede the failed job in
+    `jobs` are finished first. If some of them fail too, the error of the one that comes first in `jobs` is raised. A
+    killed worker raises `BrokenProcessPool`.
     """
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
@@ -420,10 +422,10 @@ def _is_done(parts: Path, index: int, dtype: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the temporary files of a killed preparation, in the folder `out` and in `out`/.parts, if that exists.
+    """Remove the temporary files that a killed preparation left in the folder `out` and in its subfolder .parts.
 
-    In `out` these are the partial copies of train.bin, valid.bin, tokenizer.json and data.json, and no other file is
-    touched.
+    In `out` itself, these are only the partial copies of train.bin, valid.bin, tokenizer.json and data.json. In .parts,
+    if that folder exists, they are all files whose name ends in .partial. Every other file stays.
     """
     for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
         if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
@@ -440,9 +442,10 @@ def _progress(parts: Path, units: int) -> str:
 
 
 def _made_from(path: Path) -> str | None:
-    """Return the field "plan" of the plan.json at `path`, the hash of the inputs.
+    """Return the hash of the inputs that a stopped preparation was working on.
 
-    Return None if the file is missing or damaged, or has no such field.
+    `path` is the plan.json that it left in the folder .parts. The hash is in the field "plan". Return None if the file
+    is missing or damaged, or has no such field.
     """
     try:
         return read_object(path).get("plan")

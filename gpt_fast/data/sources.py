@@ -133,10 +133,10 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
     """Return the position of a byte, from `place` on, at which the file's text can be cut.
 
-    The best index is taken that `next_place` finds, with `keeps`, in the next 65,536 bytes before `end`. If there is
-    none, or the bytes are not UTF-8, the result is the first byte from `place` on that begins a character. Positions
-    count bytes of the file's text in UTF-8. `keeps(text, index)` is True if a cut at that index changes no token; None
-    allows each cut.
+    `next_place` searches the 65,536 bytes from `place` on, or fewer if `end` comes first, for the best index. If it
+    finds none, or the bytes are not UTF-8, the result is the first byte from `place` on that begins a character.
+    `place`, `end` and the result count bytes of the file's text in UTF-8. `keeps(text, index)` is True if a cut at that
+    index changes no token; None allows each cut.
     """
     with open_utf8(file, place) as opened:
         window = opened.read(min(WINDOW, end - place))
@@ -174,8 +174,9 @@ def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
 def _with_parent(file: TextFile, name: str) -> str:
     """Return `name` with one more parent folder of the file's path in front, or `name` if the path has no more.
 
-    `name` is the end of the file's path, behind which a member's name follows in a zip archive. "text.txt" becomes
-    "books/text.txt", for example.
+    `name` is the end of the file's path, such as "text.txt", which becomes "books/text.txt". For a member of a zip
+    archive, `name` is the end of the archive's path followed by the member's name. The folder is put in front of the
+    archive: "a.zip/text.txt" becomes "books/a.zip/text.txt".
     """
     parts = Path(os.path.abspath(file.path)).parts
     depth = name.removesuffix(f"/{file.member}" if file.member else "").count("/") + 2
@@ -191,9 +192,10 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
     held out. For "both", the last tenth of a text file makes units for "valid" and the rest units for "train". Units of
     tables keep the part "both".
 
-    Text and JSON lines are cut into ranges of about 8 MiB, unless they are compressed, recoded or in an archive. A
-    parquet table makes a unit for each row group, and a file of another format makes one unit. `keeps(text, index)` is
-    True if a cut of a text at that index changes no token; None allows each cut.
+    Text and JSON lines are cut into ranges of about 8 MiB. A file that is compressed, recoded or in an archive is not
+    cut: it makes one unit, or for text with "both" one unit for each of the two parts. A parquet table makes a unit for
+    each row group, and a file of another format makes one unit. `keeps(text, index)` is True if a cut of a text at that
+    index changes no token; None allows each cut.
     """
     unit = partial(Unit, str(file.path), kind, name=file.name, member=file.member)
     if kind == "parquet":

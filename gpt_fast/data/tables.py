@@ -35,7 +35,7 @@ class Table:
         more: Further texts of each row, for tasks that have several.
         places: Where each row stands in the file.
         notes: Remarks on how the table was read, for a reader of results.
-        starts: Where in its text each row's answer begins, -1 if the table does not tell.
+        starts: Index of the character of each row's text at which the answer begins, -1 if the file does not give it.
     """
 
     source: str
@@ -136,23 +136,25 @@ def read_table(
         path: A .csv, .tsv, .jsonl, .json or .parquet file. All but a .parquet may be compressed.
         text_column: Column of the text. If no column has this very name, a name with commas names several columns,
             whose texts are joined by line ends.
-        label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, except
-            with `text_labels` in `options`.
+        label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, unless
+            `options.text_labels` is True.
         more_columns: Columns of further texts, such as the second text of a pair. Such a column may hold lists of
             texts.
         options: How to read the table.
 
     Returns:
-        The table. Its lists have one entry for each row that was not skipped. `labels` is empty without `label_column`,
-        `more` without `more_columns`, and `starts` without `text_labels` in `options`. `notes` says what was skipped or
-        changed.
+        The `Table`. Its lists have one entry for each row that was not skipped, with some exceptions. `labels` is empty
+        if `label_column` is None, and `more` is empty without `more_columns`. `starts`, which holds the index at which
+        each answer begins in the text, is empty unless there are labels and `options.text_labels` is True. `notes` has
+        a message for each way in which rows were skipped or changed.
 
     Raises:
         FileNotFoundError: There is no such file.
         MissingColumn: A column is missing. This is a `ValueError`.
-        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or in a row, the text
-            is null or no text, or the label is missing (unless "" is in `skip_labels` of `options`) or no label. The
-            message names the line of a wrong row.
+        ValueError: The table is empty, damaged or not UTF-8, or takes more memory than is left. Or the text of a row is
+            null, has another type or holds a NUL character. Or a label is missing (null, NaN or blank), and `options`
+            neither skip such rows (`""` in `skip_labels`) nor allow them (`several="set"`). Or a label has a type that
+            `options` do not allow, such as a list. The message names the line of a wrong row.
 
     Example:
         ```python
@@ -361,10 +363,10 @@ def _words(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _start(value: object) -> int:
-    """Return the character at which the first answer begins in its text, by SQuAD's object `answers`.
+    """Return the index of the character, counted from 0, at which the first answer begins in the context.
 
-    `value` is that object. Its field `answer_start` is an integer or a list of integers. Return -1 if `value` has no
-    such field, the list is empty, or it holds something else.
+    `value` is the cell of the label. SQuAD's object `answers` has a field `answer_start`, an integer or a list of
+    integers, whose first is returned. Return -1 if `value` is not such an object or the list is empty.
     """
     starts = value.get("answer_start") if isinstance(value, dict) else None
     first = starts[0] if isinstance(starts, list) and starts else starts

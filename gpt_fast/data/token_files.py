@@ -140,7 +140,8 @@ def write_token_file(
 def pack_header(fields: dict[str, Any]) -> bytes:
     """Return the 1,024 bytes of a token file's header: magic bytes, `fields` as JSON, and a checksum of both.
 
-    The JSON is padded with spaces to 1,012 bytes. Longer JSON makes a longer header, which is no valid one.
+    `fields` has the keys dtype, count, crc32, vocabulary and document_token, which `write_token_file` explains. Their
+    JSON is padded with spaces to 1,012 bytes and must not be longer. Neither the keys nor the length are checked.
     """
     head = MAGIC + json.dumps(fields).encode().ljust(_CHECKED - len(MAGIC))
     return head + struct.pack("<I", zlib.crc32(head))

@@ -343,9 +343,9 @@ def shared_start(one: str, other: str) -> str:
 
 
 def keeps_text(tokenizer: Tokenizer) -> bool:
-    """Return True if the decoded text of some ids stays the same when further ids are appended, but for its end.
+    """Return True if appending ids to any sequence of ids only appends to the text that the tokenizer decodes it to.
 
-    The end may change if its last ids hold only a part of a character's bytes.
+    There is one exception: a character at the end of the text may change if the sequence lacks some of its bytes.
 
     Returns:
         True for the decoders ByteLevel and Fuse, False for any other, such as those that put spaces between words.

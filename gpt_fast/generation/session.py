@@ -46,7 +46,8 @@ class DecodeSession:
     (chat turns). The cache is allocated once. After an error the session is as it was before.
 
     Args:
-        model: A `GPTForCausalLM`, a `GPT`, or a head with a joint loss.
+        model: A `GPTForCausalLM`, a `GPT`, or a task head (such as `GPTForSequenceClassification`) whose
+            `config.lm_weight` is above 0.
         batch: Number of rows.
         length: Tokens that a row has room for. The default is the model's seq_len.
         weights: Precision of the weights on a CPU, "float32", "bfloat16", "int8" or "int8-a16". The default is the
@@ -184,16 +185,17 @@ class DecodeSession:
     def reads_current_weights(self) -> bool:
         """Return True if a step computes with the parameters as they are now.
 
-        Every value of a parameter that the C++ step has copied is compared, because fused optimisers and writes through
-        `.data` leave no other trace. The model also has to have the same parameters at the same addresses. If no module
-        had hooks or was replaced when the session was made, none may now; if one did, one still has to.
+        The model has to have the same parameters at the same addresses as when the session was made. A checksum of each
+        parameter that the C++ step has copied must be the same, too. It is computed from all values of the parameter,
+        because fused optimisers and writes through `.data` leave no other trace. The result is also False if the
+        model's modules had no hooks and no replacements when the session was made and have some now, or the reverse.
 
         Returns:
-            True if nothing has changed. A change that keeps the sum of a parameter's bits, such as exchanging two rows,
+            True if nothing has changed. A change that keeps the checksum of a parameter, such as exchanging two rows,
             is not noticed.
 
         Note:
-            Cost: the comparison reads those parameters once, which takes about as long as one step in float32.
+            Cost: the checksums read the copied parameters once, which takes about as long as one step in float32.
         """
         assert self.model is not None
         now = list(self.model.parameters())

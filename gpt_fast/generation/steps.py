@@ -56,8 +56,8 @@ class CppStep:
     ) -> Tensor:
         """Read `tokens` [B], one for each row of the cache, and return the next tokens [B] drawn with `options`.
 
-        `live` [B], Bool, is True for the rows to run, None for all of them. The result holds the tokens of the rows
-        that do not run unchanged. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies,
+        `live` [B], Bool, is True for the rows to run, None for all of them. For the other rows, the result repeats
+        their entries of `tokens`. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies,
         None for no penalty. The cache's lengths grow by 1 in the rows that run. `model` and `calls_modules` are unused
         here; `TorchStep.advance` has the same signature. Raise `ValueError` if logits are NaN or +inf; the lengths then
         stay.
@@ -291,10 +291,11 @@ class TorchStep:
 
 
 def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
-    """Return (trunk, output layer) of a model that can generate text. The trunk is the model without its output layer.
+    """Return (trunk, output layer) of a model that can generate text. The trunk computes the last hidden states.
 
-    For a `GPT` the trunk is the model itself. Raise `ValueError`, which names `function`, unless the model is a `GPT`
-    or a head with a causal output layer, such as `GPTForCausalLM`; a `GPTForMaskedLM` is refused.
+    For a head such as `GPTForCausalLM` the result is (`model.trunk`, `model.output_layer`). For a `GPT`, which computes
+    hidden states itself, it is (`model`, `model.output_layer`). Raise `ValueError`, which names `function`, for a model
+    of another class, a head without an output layer, and a `GPTForMaskedLM`.
     """
     from ..heads import GPTForMaskedLM, Head
 

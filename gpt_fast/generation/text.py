@@ -72,8 +72,9 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
     """Continue each row of `tokens` by `max_new_tokens` tokens drawn from p = softmax(logits / temperature).
 
     Args:
-        model: A `GPTForCausalLM`, a `GPT`, or a head with a joint loss. The wrappers of `torch.compile`, DataParallel,
-            DistributedDataParallel and PEFT are taken off. Sharded parameters are refused.
+        model: A `GPTForCausalLM`, a `GPT`, or a task head (such as `GPTForSequenceClassification`) whose
+            `config.lm_weight` is above 0. The wrappers of `torch.compile`, DataParallel, DistributedDataParallel and
+            PEFT are taken off. Sharded parameters are refused.
         tokens: Prompts [B, T], int64.
         max_new_tokens: How many tokens each row gets. A row in a batch gets the greedy tokens that it gets alone.
         temperature: 0 takes the most probable token.
@@ -86,7 +87,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
             where rows differ in length.
         stop_tokens: A row that has drawn one of these ids keeps it and continues with padding, the model's `pad_token`
-            or 0. Generation ends early when all rows have drawn one.
+            or 0. When all rows have drawn one, generation ends early, and padding fills all rows to the full width.
         seed: The same integer draws the same tokens on a device. If it is None, torch's generator gives a seed. Greedy
             generation needs none and leaves that generator alone.
         lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
@@ -256,9 +257,10 @@ class _Rows:
     def result(self, with_scores: bool) -> Tensor | GenerateOutput:
         """Return what `generate` returns: the tokens [B, T + new], or a `GenerateOutput` if `with_scores`.
 
-        If the caller of `generate` gave a key mask, each row is its prompt as it was padded, with the padding token
-        there, followed by its new tokens. Otherwise the new tokens directly follow the real tokens of the prompt, and
-        padding fills the end of the row. A `GenerateOutput` has `tokens` and `scores`, the log-probabilities [B, new].
+        If the caller of `generate` gave a key mask, real tokens of the prompt keep their places, and the new tokens
+        begin at T. The padding token replaces the caller's ids in the padding. Without a key mask the new tokens
+        directly follow the real tokens of the prompt, and the padding token fills the end of the row. A
+        `GenerateOutput` has `tokens` and `scores`, the log-probabilities [B, new].
         """
         tokens = self.tokens
         if self.key_mask is not None:
@@ -380,11 +382,11 @@ def _continue(
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
     The tokens are stored in `rows`, and the prompts and all new tokens but the last are read into the cache. `session`
-    runs the model, `drawing` draws. A row that has drawn one of the token ids in `stop` is marked in `rows.done` and
-    gets padding from then on. Generation ends early when all rows have; None is for no such ids. `stream`, if given, is
-    called with the tokens [B] of every step, padding included. If `slides`, a prompt longer than the cache loses its
-    first tokens, and a row whose cache is full reads the later half of its tokens anew (see `_slide`). Without it the
-    caller makes sure that the rows fit. Raise `ValueError` if logits are NaN or infinite.
+    runs the model, `drawing` draws. `stop` holds the ids of the stop tokens, or is None if there are none. A row that
+    has drawn a stop token is marked in `rows.done` and gets padding from then on. When all rows are marked, generation
+    ends early. `stream`, if given, is called with the tokens [B] of every step, padding included. If `slides`, a prompt
+    longer than the cache loses its first tokens, and a row whose cache is full reads the later half of its tokens anew
+    (see `_slide`). Otherwise the caller makes sure that the rows fit. Raise `ValueError` if logits are NaN or infinite.
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache

@@ -76,7 +76,7 @@ class Head(Convertible, nn.Module):
         return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Apply `fn` to every tensor, as `nn.Module._apply` does, and return the module, still tied if it was."""
+        """Return `nn.Module._apply(fn, recurse)`, the module with `fn` applied to each tensor, and tied if it was."""
         tied = self.is_tied()
         super()._apply(fn, recurse)
         if tied:
@@ -208,7 +208,7 @@ class Head(Convertible, nn.Module):
             ```
 
         Note:
-            The embedding and a free output layer become new parameters. Make the optimiser afterwards.
+            The embedding and the output layer get new parameters. Create the optimiser afterwards.
         """
         config, tied = dataclasses.replace(self.config, num_tokens=num_tokens), self.is_tied()
         embedding = _resized(nn.Embedding, self.trunk.token_emb, (num_tokens, config.hidden_dim), config.init_std)

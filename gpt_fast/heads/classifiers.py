@@ -246,7 +246,9 @@ class TaskHead(Head):
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of logits [B, L] and labels [B], weighted by class if `class_weights` are set.
+        """Return the mean cross-entropy of the logits `scores` [B, L] and labels [B].
+
+        The mean is weighted by class if `class_weights` are set.
 
         Raises:
             ValueError: Labels are not int64 [B] or, where values are checked (on the CPU), not in [0, L).
@@ -257,9 +259,9 @@ class TaskHead(Head):
         return F.cross_entropy(scores.float(), labels) if self.class_weights is None else self._mean(scores, labels)
 
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of logits [N, L] over the rows whose label is not -100, or 0 without any.
+        """Return the mean cross-entropy of the logits `scores` over the rows whose label is not -100, or 0 without any.
 
-        Labels are int64 [N]. The mean is weighted if `class_weights` are set.
+        Logits are [N, L], and labels are int64 [N]. The mean is weighted if `class_weights` are set.
 
         Raises:
             ValueError: A label is no class in [0, L), where values are checked (on the CPU).
@@ -269,7 +271,7 @@ class TaskHead(Head):
         return self._mean(scores, labels)
 
     def _mean(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of logits [N, L] and labels [N], without labels of -100.
+        """Return the mean cross-entropy of the logits `scores` [N, L] and labels [N], without labels of -100.
 
         The mean is weighted if `class_weights` are set. It is 0 if no label counts or their weights sum to 0.
         """
@@ -353,7 +355,7 @@ class GPTForSequenceClassification(TaskHead):
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [loss], a mean, for logits [N, L], with the loss that `config.problem` names.
+        """Return [loss], a mean, for the logits `scores` [N, L], with the loss that `config.problem` names.
 
         It is cross-entropy (labels [N]), squared error or binary cross-entropy (labels [N, L]). `real` is not used.
         """
@@ -412,7 +414,7 @@ class GPTForSimilarity(TaskHead):
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [loss], a mean, for logits [B, L], with the loss that `config.problem` names.
+        """Return [loss], a mean, for the logits `scores` [B, L], with the loss that `config.problem` names.
 
         It is cross-entropy (labels [B]), squared error or binary cross-entropy (labels [B, L]). `real` is not used.
         """
@@ -469,7 +471,7 @@ class GPTForMultipleChoice(TaskHead):
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [mean cross-entropy] of logits [B, K] and labels [B], int64, the number of the right answer.
+        """Return [mean cross-entropy] of the logits `scores` [B, K] and labels [B], int64, the right answers' numbers.
 
         `real` is not used. Raise `ValueError` for labels of another shape or dtype, or out of range.
         """
@@ -522,10 +524,10 @@ class GPTForTokenClassification(TaskHead):
         return self.classifier(self.dropout(hidden))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [mean cross-entropy] of logits [B, T, L] and labels [B, T] over real tokens whose label is not -100.
+        """Return [mean cross-entropy] of the logits `scores` over real tokens whose label is not -100, [0] without any.
 
-        It is 0 if there are none, and weighted if classes are. `real` is bool [B, T], False at padding. Raise
-        `ValueError` for labels of another shape or dtype, or out of range.
+        Logits are [B, T, L], and labels are [B, T]. The mean is weighted if `class_weights` are set. `real` is bool
+        [B, T], False at padding. Raise `ValueError` for labels of another shape or dtype, or out of range.
         """
         self._check_labels(labels, tuple(real.shape))
         labels = labels.masked_fill(~real, IGNORE)
@@ -588,10 +590,10 @@ class GPTForQuestionAnswering(TaskHead):
         return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return [half of the starts' cross-entropy, half of the ends'] for logits [B, 2, T] and labels [B, 2].
+        """Return [half of the starts' cross-entropy, half of the ends'] for the logits `scores` and the labels.
 
-        Each cross-entropy is a mean over the rows whose label is not -100, or 0 without any. `real` is bool [B, T],
-        False at padding.
+        Logits are [B, 2, T], and labels are [B, 2]. Each cross-entropy is a mean over the rows whose label is not -100,
+        or 0 without any. `real` is bool [B, T], False at padding.
 
         Raises:
             ValueError: Labels have another shape or dtype, are out of range, or one is the position of padding.

@@ -100,8 +100,8 @@ class LanguageModelHead(Head):
     ) -> list[Tensor]:
         """Return [number of labels that count], a scalar tensor for the one term of the loss.
 
-        Labels of -100 do not count. In a causal model labels of padding and of the first token do not count either.
-        Raise `ValueError` unless `labels` are int64 in the shape of `tokens`.
+        Labels of -100 do not count. In a causal model labels of padding (by `lengths` [B] or `key_mask` [B, T]) and of
+        the first token do not count either. Raise `ValueError` unless `labels` are int64 in the shape of `tokens`.
         """
         _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]

@@ -39,7 +39,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     block with the same submodules. If the block is not replaced as a whole, its attention, MLP and norms may be.
 
     Args:
-        model: The model. It may contain supported modules, as a PEFT model or a `LightningModule` does.
+        model: The model. It may contain supported modules, as a PEFT model or a `LightningModule` does. Besides GPT-2
+            and GPT-1, transformers' OPT, BioGPT, GPT-Neo and ImageGPT are supported.
         strict: Raise if any module is left alone.
 
     Returns:
@@ -67,8 +68,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
         The docstrings of the ops state dtypes, precision and determinism.
 
-        Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are, and the modelling
-        code of its OPT, BioGPT, GPT-Neo and ImageGPT.
+        Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, and the modelling code of transformers' OPT,
+        BioGPT, GPT-Neo and ImageGPT.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")

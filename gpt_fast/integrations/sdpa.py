@@ -200,9 +200,8 @@ def _kernel(
 ) -> Any:
     """Return scaled dot-product attention, by `ops.attention` where it supports the call, else by PyTorch's own code.
 
-    The parameters are those of
-    `torch.nn.functional.scaled_dot_product_attention`. The call is counted in the active `Calls`: as served, or under
-    the reason why PyTorch's code runs.
+    The parameters have the meaning that they have in `torch.nn.functional.scaled_dot_product_attention`. The call is
+    counted in the active `Calls`: as served, or under the reason why PyTorch's code runs.
     """
     counts = _ACTIVE[0][1]
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

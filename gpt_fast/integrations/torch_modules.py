@@ -93,11 +93,12 @@ def encoder_layer_forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Run an `nn.TransformerEncoderLayer` on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
+    """Run `self`, an `nn.TransformerEncoderLayer`, on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
 
-    The arguments are those of the layer's own forward. The masks exclude where they are True or -inf. `src_mask` is
-    [T, T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be the
-    causal mask and not read. The layer's own forward runs instead, with a warning, if the ops do not support the call.
+    The arguments are the same as in the layer's own forward. The masks exclude where they are True or -inf. `src_mask`
+    is [T, T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be
+    the causal mask and not read. The layer's own forward runs instead, with a warning, if the ops do not support the
+    call.
     """
     parts = _encoder_parts(self)
     masks, reason = None, _why_not_this(src, parts)
@@ -114,7 +115,7 @@ def encoder_layer_forward(
 
 
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Run a block like `reference.TransformerDecoder` on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
+    """Run `self`, a block like `reference.TransformerDecoder`, on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
 
     `mask` is [T, T]: bool, True where a token may not attend, or float, -inf there and 0 elsewhere. Without a mask
     every token attends to all. The block's own forward runs instead, with a warning, if the ops do not support the
@@ -233,7 +234,7 @@ def _allowed(mask: Tensor) -> Tensor | None:
 
 
 def _encoder_parts(layer: Any) -> Parts:
-    """Return the submodules of an `nn.TransformerEncoderLayer` by their roles.
+    """Return the submodules of `layer`, an `nn.TransformerEncoderLayer`, by their roles.
 
     The fields of `Parts` are attn, norm1, norm2, dropout1, dropout2, fc, activation, ff_dropout, proj and pre_norm.
     """
@@ -362,7 +363,10 @@ def _activation(function: Any) -> str | None:
 
 
 def _warn(module: Any, reason: str | None) -> None:
-    """Warn that `module` runs this call by PyTorch's own forward because of `reason`, except in a compiled graph."""
+    """Warn that `module` runs this call by PyTorch's own forward because of `reason`, except in a compiled graph.
+
+    `reason` is a text: the callers never pass None.
+    """
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"gpt_fast: {type(module).__name__} runs PyTorch's own forward for this call: {reason}", stacklevel=3

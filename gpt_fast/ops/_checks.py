@@ -175,7 +175,7 @@ def probability(op: str, name: str, p: float) -> None:
 
 
 def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
-    """Raise `ValueError` unless `seed` is None or an int64 tensor of one element on `device`, where the inputs are."""
+    """Raise `ValueError`, which names `op`, unless `seed` is None or an int64 tensor of one element on `device`."""
     if seed is None:
         return
     if not isinstance(seed, Tensor):

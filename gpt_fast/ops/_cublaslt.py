@@ -10,12 +10,15 @@ ALIGNMENT = 8  # each size of each matrix is a multiple of it
 
 
 def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...]) -> bool:
-    """Return True if cuBLASLt can compute the call and, by measurements, is faster at this width than other kernels.
+    """Return True if cuBLASLt can compute a call of `op`, "linear" or "mlp", and was measured to be faster.
 
-    It can if the operator `gpt_fast::<operator>` was built for CUDA, x is bfloat16 or float16 and has elements, and
-    each of `sizes` is a positive multiple of 8. `sizes` holds the sizes of the matrices; `sizes[0]` is the width of x.
-    The rows of kernels/launch_configs.py for the kernel `kernel` of `op` hold the measurements. The row with the
-    smallest limit of at least `sizes[0]` decides.
+    Without cuBLASLt, PyTorch serves linear and Triton serves mlp. `operator` is the operator that calls cuBLASLt, such
+    as "mlp_cublaslt_forward". It has to be built for CUDA, and x has to be bfloat16 or float16 and have elements.
+    `sizes` holds the sizes of the matrices, the width of x first. Each has to be a positive multiple of 8.
+
+    The table in kernels/launch_configs.py says where cuBLASLt was faster. `kernel` names the rows of the table:
+    "cublaslt" for linear, "cublaslt relu" or "cublaslt gelu_tanh" for mlp. Each row holds for widths up to a limit; the
+    row with the smallest limit that is not below `sizes[0]` decides.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -31,9 +34,10 @@ def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...
 def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
     """Return (largest width of x, True if cuBLASLt is faster there) for each range of widths, ascending by width.
 
-    The rows of kernels/launch_configs.py for the kernel `kernel` of `op`, two-byte elements and the architecture of
-    CUDA device `device_index` decide. The result is empty if `operator`, an operator's name without "gpt_fast::", was
-    not built.
+    The ranges come from the table in kernels/launch_configs.py, for two-byte elements and the architecture of CUDA
+    device `device_index`. `op` is "linear" or "mlp". `kernel` names the rows of the table, such as "cublaslt relu".
+    `operator` is the operator that calls cuBLASLt, such as "mlp_cublaslt_forward". If it was not built for CUDA, the
+    result is empty.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
         return ()

@@ -61,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return None for every module but PyTorch's FLOP counter, `torch.utils.flop_counter`.
+        """Return None unless `fullname` is the name of PyTorch's FLOP counter, "torch.utils.flop_counter".
 
         For the counter, remove this finder from `sys.meta_path` and return the module's usual spec. Its loader is
         wrapped, so that it registers the formulas after the module has run. `path` and `target` are not used.

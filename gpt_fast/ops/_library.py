@@ -343,7 +343,7 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """Return (threshold, scale), an int and a float, of dropout with this probability.
+    """Return (threshold, scale), an int and a float, of dropout with the probability `dropout_p`.
 
     Dropout sets an element to 0 if its 16 random bits are below `threshold`, and multiplies it by `scale` otherwise.
     """
@@ -456,8 +456,9 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
     """Return `function(*args, **kwargs)` for a definition in `gpt_fast.reference`, called with autocast off.
 
-    The definitions choose their own dtypes. `device_type` is the device type of the inputs. PyTorch's profiler shows
-    the call as "gpt_fast::<function> (reference)". On "meta" neither is done, as PyTorch has no autocast for it.
+    Autocast is off because the definitions choose their own dtypes. `device_type` is the device type of the inputs.
+    PyTorch's profiler shows the call as "gpt_fast::<function> (reference)". For "meta", which PyTorch has no autocast
+    for, `function` is simply called, without a profiler entry.
     """
     if device_type == "meta":  # PyTorch has no autocast for it
         return function(*args, **kwargs)
@@ -480,7 +481,7 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
 
     Returns:
         Tuple of x and `tensors`, in this order; None stays None. Without autocast the tensors are returned as they are.
-        Tensors of dtypes that kernels do not have (integers, float64) stay as they are, so that the checks refuse them.
+        With autocast, only float32, bfloat16 and float16 tensors are cast. Others, such as float64, stay as they are.
     """
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -508,9 +509,9 @@ def rounds_weights(op: str, x: Tensor, *weights: Tensor) -> bool:
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype to which a norm may round its float32 result if only a matrix product reads it, or None.
 
-    It is the dtype to which autocast would cast the result for the product on x's device. The bits are then the same.
-    `dtype` is the dtype of the norm's result. None means to keep that dtype: it is not float32, autocast is off, or its
-    dtype is not bfloat16 or float16.
+    The dtype returned is autocast's on x's device. Autocast would cast the norm's result to it for the product anyway,
+    so the bits are the same. `dtype` is the dtype of the norm's result, and None means to keep it. The answer is None
+    if `dtype` is not float32, if autocast is off, or if autocast casts to neither bfloat16 nor float16.
     """
     device_type = x.device.type
     if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -520,7 +521,10 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def new_seed(device: torch.device | str) -> Tensor:
-    """Draw a dropout seed from torch's generator for a device, different on each rank.
+    """Draw a dropout seed from torch's generator for a device.
+
+    If `torch.distributed` is initialised, the seed also depends on the rank. So ranks that have all called
+    `torch.manual_seed(0)` still get different seeds.
 
     Args:
         device: Device of the seed, or its name.
@@ -542,8 +546,9 @@ def new_seed(device: torch.device | str) -> Tensor:
         ```
 
     Note:
-        `torch.manual_seed`, activation checkpointing and CUDA graphs govern the seed. Under `torch.compile` torch draws
-        other numbers than in eager mode. Masks agree for a seed that is passed explicitly.
+        `torch.manual_seed`, activation checkpointing and CUDA graphs act on the seed as on any number that torch's
+        generator draws. Under `torch.compile` torch draws other numbers than in eager mode. A seed that the caller
+        passes to an op gives the same mask in both.
     """
     if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
         raise ValueError(f"gpt_fast.new_seed: device is {device!r}; expected a torch.device or its name")
@@ -562,7 +567,7 @@ def _signed(value: int) -> int:
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return an op's seed: None if `dropout_p` is 0, else the caller's `seed`, or a new one if that is None."""
+    """Return the seed for an op: None if `dropout_p` is 0, else `seed`, or a new one on `device` if `seed` is None."""
     if dropout_p == 0:
         return None
     return new_seed(device) if seed is None else seed

@@ -43,7 +43,11 @@ class Rule(NamedTuple):
 
 
 def machine() -> dict[str, str]:
-    """Return what a rule holds for, by name: the CPU's model and instructions, PyTorch's version and its threads."""
+    """Return the description of this machine that the user's table has to match for its rules to hold.
+
+    The keys are "device" (the CPU's model and instruction set), "torch" (PyTorch's version) and "threads" (the number
+    of PyTorch's threads, as a text).
+    """
     model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
@@ -69,9 +73,12 @@ def serves_torch(x: torch.Tensor, rounds: bool) -> bool:
 
 @_transforms.constant_in_graphs
 def _classes(dtype: torch.dtype, is_autocast: bool) -> tuple[tuple[int, bool], ...]:
-    """Return (most rows, True if PyTorch serves) for each measured number of rows, ascending, from the user's table.
+    """Return the pairs (rows, by_torch) of the user's table for an input x of `linear` in `dtype`, ascending by `rows`.
 
-    The result is empty if the table has nothing for the dtype.
+    `is_autocast` says whether the weight is float32 while `dtype` is autocast's 16-bit dtype. A pair was measured for x
+    with `rows` rows. It holds for every number of rows above that of the pair before, up to `rows`. The last pair holds
+    for larger numbers too. `by_torch` is True if PyTorch was faster than the C++ kernel. The result is empty if the
+    table has no such pairs.
     """
     return _table().get((dtype, is_autocast), ())
 
@@ -83,9 +90,13 @@ def _table() -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
 
 
 def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
-    """Return {(dtype, is_autocast): ((most rows, True if PyTorch serves), …)} of the table `path`, ascending.
+    """Return the user's table in the file `path` as {(dtype, is_autocast): ((rows, by_torch), …)}, ascending by `rows`.
 
-    It is empty for None, no file, or another machine's file, which gives a warning.
+    `dtype` is the dtype of x, the input of `linear`. `is_autocast` is True if the weight is float32 while `dtype` is
+    autocast's 16-bit dtype. A pair was measured for x with `rows` rows. It holds for every number of rows above that of
+    the pair before, up to `rows`. The last pair holds for larger numbers too. `by_torch` is True if PyTorch was faster
+    than the C++ kernel. The result is empty if `path` is None or no file. It is also empty, with a warning, if the file
+    was measured on another machine.
 
     Raises:
         ValueError: The file is damaged.
@@ -139,7 +150,8 @@ def tune(path: Path) -> Iterator[Rule]:
 def _contenders(dtype: torch.dtype, is_autocast: bool, rows: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return two functions that run forward and backward of a linear layer: by the C++ kernel, and by PyTorch.
 
-    The operands have `dtype`, but with `is_autocast` the weight and its gradient are float32.
+    The layer's input has `rows` rows. The operands have `dtype`, but with `is_autocast` the weight and its gradient are
+    float32.
     """
     C, N = SIZES
     x, dy, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, C), (rows, N), (N,)))
@@ -158,9 +170,10 @@ def _contenders(dtype: torch.dtype, is_autocast: bool, rows: int) -> tuple[Calla
 
 
 def _seconds(*contenders: Callable[[], object], most: float = 1.0) -> list[float]:
-    """Return the median time of each function in seconds. They take turns: three to 15 rounds, within `most` seconds.
+    """Return the median time in seconds of a call of each function in `contenders`.
 
-    A round before is not timed.
+    The functions take turns: a first round is not timed, and 3 to 15 timed rounds follow. After the third one, no new
+    round starts if more than `most` seconds have passed since the beginning.
     """
     times: list[list[float]] = [[] for _ in contenders]
     started = time.perf_counter()

@@ -253,11 +253,13 @@ def _check_masks(
     q: Tensor, T: int, S: int, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range.
+    """Validate the masks of `attention` for q [B, H, T, D] and S keys. A mask that is None is not checked.
 
-    A mask that is None is not checked. Values inside `lengths` and `cu_seqlens` are validated only where
-    `_library.values_checked` is True: on the CPU and after `check_values`. Those of `lengths` are also left to a kernel
-    that validates them itself.
+    Valid are `lengths` [B] in [0, S], `key_mask` [B, S], `mask` broadcastable to [B, H, T, S], and `cu_seqlens` [n + 1]
+    that begins at 0 and never falls or exceeds T. `cu_seqlens` needs B = 1 and T = S. Values inside `lengths` and
+    `cu_seqlens` are checked only where `_library.values_checked` is True: on the CPU, and everywhere after
+    `check_values`. Values inside `lengths` are not checked here if the C++ kernel serves, because that kernel checks
+    them.
 
     Raises:
         ValueError: A mask has a wrong type, dtype, device or shape, or a value out of range.

@@ -131,7 +131,7 @@ def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: T
     """Raise `ValueError` if the shape, dtype or device of an argument of `op` is wrong, or if one requires a gradient.
 
     A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` maps "q", and "k"
-    and "v" if `op` appends them, to tensors [B, H, D]. The caches are [B, H, S, D] and `lengths` is [B].
+    and "v" if `op` appends them, to tensors [B, H, D]. `k_cache` and `v_cache` are [B, H, S, D]. `lengths` is [B].
 
     Raises:
         ValueError: An argument is not valid.

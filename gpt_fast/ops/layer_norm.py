@@ -31,8 +31,8 @@ def layer_norm(
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
     Args:
-        x: Input [..., C] in float32, bfloat16, float16 or float64. Rows at one distance are read in place, whatever the
-            distance.
+        x: Input [..., C] in float32, bfloat16, float16 or float64. Contiguous rows with one constant stride between
+            them are read in place; any other layout is copied.
         weight: Gain [C], or None. Its dtype may be wider than that of x.
         bias: Bias [C] in the dtype of `weight`, or None. A bias needs a weight.
         eps: Positive number added to the variance.

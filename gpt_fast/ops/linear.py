@@ -54,11 +54,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
-        Cost: on CPU a C++ kernel runs the matrix products of `mlp`. PyTorch's own products in bfloat16 and float16 are
-        up to 80 times as slow as in float32 where the CPU has no instructions for them. Where they are faster,
-        `gpt-fast tune --device cpu` finds this out once for the machine. They serve from then on, and their bits may
-        depend on the number of threads. Everywhere else, for float64 and under `use_reference`, this op is `F.linear`,
-        which is also its definition.
+        Cost: on CPU this op has a C++ kernel, with the same matrix products as `mlp`. PyTorch's products in bfloat16
+        and float16 are up to 80 times as slow as in float32 if the CPU has no instructions for these dtypes.
+
+        On some CPUs PyTorch's products are faster than the kernel. `gpt-fast tune --device cpu` measures this once for
+        the machine. If they are faster, they serve from then on, and the bits may depend on the number of threads.
+
+        On other devices, for float64 and under `use_reference`, this op is `F.linear`, which is also its definition.
 
         Source: `torch.nn.functional.linear`.
     """

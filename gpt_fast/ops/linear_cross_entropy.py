@@ -183,9 +183,10 @@ def _backward_fake(dloss, x, weight, target, bias, ignore_index, label_smoothing
 
 
 def _gradients(x, weight, weight_dtype, bias_dtype, needs_x, needs_weight, needs_bias):
-    """Return uninitialised (dx, dweight, dbias): dx like x, dweight like the weight and dbias [V], in the given dtypes.
+    """Return uninitialised (dx, dweight, dbias): dx like x, dweight like `weight` [V, C], and dbias [V].
 
-    A gradient that is not needed has shape [0].
+    dweight has the dtype `weight_dtype`, and dbias `bias_dtype`. A gradient has shape [0] if its flag, `needs_x`,
+    `needs_weight` or `needs_bias`, is False.
     """
     return (
         x.new_empty(x.shape if needs_x else (0,)),
@@ -195,9 +196,11 @@ def _gradients(x, weight, weight_dtype, bias_dtype, needs_x, needs_weight, needs
 
 
 def _decomposition(x, weight, target, bias, ignore_index, label_smoothing, reduction, *needs):
-    """Return (loss, count) by the reference, and three empty tensors in place of the gradients.
+    """Return (loss, count, dx, dweight, dbias) of `linear_cross_entropy_forward`, computed by the reference.
 
-    Every row is computed: a number of rows that depends on the targets would be no shape of an exported program.
+    `count`, a float32 scalar, is the number of rows whose target is not `ignore_index`. The three gradients are empty
+    tensors, so `needs`, the operator's flags needs_x, needs_weight and needs_bias, is ignored. Every row is computed: a
+    number of rows that depends on the targets would be no shape of an exported program.
     """
     weight = weight.to(x.dtype)
     losses = reference.linear_cross_entropy(x, weight, target, bias, ignore_index, label_smoothing, "none")
@@ -225,14 +228,20 @@ _library.register_triton("linear_cross_entropy_backward", _triton_backward)
 def _forward_flops(
     x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias, **_
 ):
-    """Return the FLOPs of the loss and of the gradients that are needed, given shapes in place of tensors."""
+    """Return the FLOPs of the loss, and of dx and dweight if they are needed. Tensors are given as shapes.
+
+    The arguments are those of the operator. The gradient of the bias counts nothing.
+    """
     return (1 + needs_x + needs_weight) * _flops.product(x, weight)
 
 
 def _backward_flops(
     dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias, **_
 ):
-    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors."""
+    """Return the FLOPs of dx and dweight, if they are needed. Tensors are given as shapes.
+
+    The arguments are those of the operator. The gradient of the bias counts nothing.
+    """
     return (needs_x + needs_weight) * _flops.product(x, weight)
 
 

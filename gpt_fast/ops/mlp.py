@@ -136,7 +136,7 @@ def mlp(
 
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
-    """Return True if cuBLASLt can compute the call and a measurement has found it faster than Triton."""
+    """Return True if cuBLASLt can compute a call of `mlp` with these arguments and was measured to beat Triton."""
     if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt:
         return False
     F, C = fc_weight.shape
@@ -258,10 +258,10 @@ def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
 
 
 def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
-    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors.
+    """Return the FLOPs of the gradients that are needed, for the operator's arguments with shapes in place of tensors.
 
     The last of `options` holds five flags, which say what is needed: dx, dfc_weight, dfc_bias, dproj_weight,
-    dproj_bias. If `hidden` is None, the first product is counted once more.
+    dproj_bias. If `hidden` is None, the first product is counted once more, because backward repeats it.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
     fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])

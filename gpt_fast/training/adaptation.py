@@ -36,8 +36,8 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --freeze is given together with --scratch, or names no part that can be frozen.
 
-    Valid are "trunk", "embeddings" and, as texts, the numbers from 1 to the number of decoders. "trunk" is not valid if
-    the model answers in text, because it then has no head of its own to train.
+    Valid are "trunk", "embeddings" and, as texts, the numbers from 1 to `config.num_layers`, the number of decoders.
+    "trunk" is not valid for a `task` that the model answers in text, because no layer would be left to train.
     """
     frozen = settings.freeze
     if frozen is None:
@@ -75,7 +75,7 @@ def freeze(model: Head, what: str) -> None:
 def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --lora-rank cannot be applied, or if --lora-alpha is given without it.
 
-    Without both options, do nothing. The rank may be at most the hidden dimension, and PEFT has to be installed.
+    Without both options, do nothing. The rank may be at most `config.hidden_dim`, and PEFT has to be installed.
     --scratch, --freeze and --strategy fsdp may not be given beside --lora-rank. The pre-trained run has to have a
     model.safetensors that stays. A run whose weights are an adapter has none, and that of an unfinished run with
     checkpoints may change.
@@ -168,7 +168,7 @@ def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], tas
 
 
 def _refuse_number(given: str, names: Sequence[str]) -> None:
-    """Raise `ValueError` because `given`, the value of --class-weights, does not have one number for each class."""
+    """Raise `ValueError` because `given`, the value of --class-weights, lacks one number for each class in `names`."""
     raise ValueError(
         f"--class-weights {given}: the classes are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}; "
         f"expected {len(names)} numbers in this order"

@@ -146,9 +146,10 @@ def _evaluate_form(
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
     """Return the task that a run was fine-tuned for, with its columns, or None for a language model.
 
-    The task is that in `record`, the content of the run's run.json, under "columns". Without that entry, as for a model
-    of another library, a `GPTForSequenceClassification` gets classification or regression, by its configuration, with
-    the columns "text" and "label". Any other model gives None.
+    `record` is the content of the run's run.json. Its entry "columns" holds all fields of `TaskSettings`: the name of
+    the task, its columns and its options. Without that entry, as for a model of another library, a
+    `GPTForSequenceClassification` gets classification or regression, by its configuration, with the columns "text" and
+    "label". Any other model gives None.
     """
     if "columns" in record:
         columns: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["columns"].items()}

@@ -81,12 +81,13 @@ def task_of(settings: FinetuneSettings) -> TaskSettings:
 
 
 def _finetune(session: Session[FinetuneSettings]) -> Record:
-    """Fine-tune a model, as a `Session` asks: read the tables, make the model, train, and write the run folder.
+    """Fine-tune a model, as `session` asks: read the tables, make the model, train, and write the run folder.
 
-    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Return the
-    run's record, the content of run.json. Rank 0 writes the weights of the best validation and the pictures, and adds
-    to its record what it measures afterwards. Raise `ValueError` if the settings, the tables and the pre-trained model
-    do not fit each other.
+    A `Session` holds the settings, the run folder, the ranks, and the functions that report to the user. Rank 0 writes
+    the weights of the best validation, the plot loss.png and, for a classifier, confusion.png. Return the run's record.
+    On rank 0 it is the content of run.json. On other ranks it lacks "weights" and the metrics of generated answers,
+    which rank 0 adds after training. Raise `ValueError` if the settings, the tables and the pre-trained model do not
+    fit each other.
     """
     ranks, source = session.ranks, session.settings.source
     lr = session.settings.lr if session.settings.lr is not None else finetuning_lr(source)
@@ -201,9 +202,9 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
     """Return a model of class `head` with the weights of the run in `source`.
 
-    Special tokens of a task's input (start, delimiter, extract) that it lacks are added, with the ids of the run's
-    tokenizer. Layers that the run lacks, such as a classifier, get new random weights. `overrides` replace fields of
-    the configuration.
+    Whatever the task, special tokens (pad, mask, start, delimiter, extract) that the run's configuration lacks are
+    added, with their ids in the run's tokenizer. Layers that the run lacks, such as a classifier, get new random
+    weights. `overrides` replace fields of the configuration.
     """
     return load_for_task(source, partial(load_head, head), overrides)
 
@@ -211,8 +212,8 @@ def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """Return a model of class `head` with new random weights and the configuration of the run in `source`.
 
-    Special tokens of a task's input (start, delimiter, extract) that it lacks are added, with the ids of the run's
-    tokenizer. `overrides` replace fields of the configuration.
+    Whatever the task, special tokens (pad, mask, start, delimiter, extract) that the run's configuration lacks are
+    added, with their ids in the run's tokenizer. `overrides` replace fields of the configuration.
     """
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
@@ -294,9 +295,10 @@ class RowSource:
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:
     """Return the metrics of `model` for the task on the examples `rows`: {"valid_accuracy": 0.9}, for example.
 
-    All names begin with "valid_", except those of baselines, which begin with "majority_" or "mean_". "valid_examples"
-    is the number of rows. `size` is the number of bytes of all expected answers; only a task whose answers are texts
-    needs it, for its bits per byte.
+    All names begin with "valid_", except the names of baselines, which begin with "majority_" or "mean_".
+    "valid_examples" is the number of rows. `size` is the number of UTF-8 bytes of the expected answers of all `rows`,
+    as `answer_bytes` returns it for their table. A task whose answers are texts needs `size` for its bits per byte. Any
+    other task ignores it.
     """
     measured = score(model, rows, task, size)
     baselines = ("majority_", "mean_")

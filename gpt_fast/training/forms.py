@@ -63,11 +63,11 @@ def evaluate_form(
 
 
 def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Question]:
-    """Return a `Question` for each row of the file: the text up to the last space, with the last word as its choice.
+    """Return a `Question` for each row of the file at `path`: its context is the text up to the last space.
 
-    There is no other choice, and it begins with the space. `options` say how to read the file. Raise `ValueError` for a
-    row without a text in `text_column`, and for a file without rows. Also raise it for a text without a space between
-    words, or with one at its end.
+    Its only choice is the last space with the last word behind it. The text is in `text_column`, and `options` say how
+    to read the file. Raise `ValueError` for a file without rows, and for a row without a text in `text_column`. Also
+    raise it for a text that has no space or ends with a space.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -82,14 +82,14 @@ def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Q
 def read_endings(
     path: Path, text_column: str | None, choice_columns: str, label_column: str, options: RowOptions
 ) -> list[Question]:
-    """Return a `Question` for each row of the file: a context, its possible endings, and the index of the right one.
+    """Return a `Question` for each row of the file at `path`: a context, possible endings, the index of the right one.
 
     `choice_columns` is a column of lists, or several columns with commas between their names. `label_column` holds the
-    index, from 0 on. If `text_column` is None, the context in HellaSwag's own files is made of the columns
-    `activity_label`, `ctx_a` and `ctx_b`. In these files, annotations in brackets are removed from context and choices,
-    as in lm-evaluation-harness. In files that lack one of these columns, the context is the column `ctx`. A choice
-    begins with a space. `options` say how to read the file. Raise `ValueError` for a row in which a part is missing or
-    not valid, and for a file without rows.
+    index, from 0 on. The context is the column `text_column`. If that is None, the context is made of the columns
+    `activity_label`, `ctx_a` and `ctx_b` of HellaSwag's published files. Annotations in brackets are then removed from
+    context and choices, as in lm-evaluation-harness. If the row lacks one of the three columns, the context is the
+    column `ctx`, and brackets stay. A space is put before each choice. `options` say how to read the file. Raise
+    `ValueError` for a row in which a part is missing or not valid, and for a file without rows.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -110,8 +110,8 @@ def read_endings(
 def without_brackets(text: str) -> str:
     """Return a text of HellaSwag without the annotations in brackets that WikiHow left in it.
 
-    " [title]" becomes ". ", and any other text in square brackets is removed. Two spaces then become one, and spaces at
-    both ends of `text` are dropped before.
+    First, spaces at both ends of `text` are dropped. Then " [title]" becomes ". ", and any other text in square
+    brackets is removed. Last, two spaces become one. The result may begin or end with a space.
     """
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 

@@ -99,9 +99,10 @@ class WindowSource:
     def __call__(self, step: int) -> Sequence[Batch]:
         """Return this rank's micro-batches of update `step`, counted from 0.
 
-        The result has `parts` batches. An update takes the next `batch_size` windows of `seq_len` tokens of the
-        shuffled stream, of which this rank takes its share. Each window is cut into four before update `warmup` / 2,
-        and into two from there to update `warmup`. The same step always gives the same batches.
+        The result has `parts` batches. The windows of `seq_len` tokens of the stream are taken in a shuffled order. An
+        update takes the next `batch_size` windows, of which this rank takes its share. Each window is cut into four
+        before update `warmup` / 2, and into two from there to update `warmup`. The same step always gives the same
+        batches.
         """
         each = self.batch_size // (self.parts * self.ranks)
         first = step * self.batch_size + self.rank * self.parts * each
@@ -110,9 +111,11 @@ class WindowSource:
         return [self._part(range(begin, begin + each), pieces) for begin in begins]
 
     def _part(self, positions: Sequence[int], pieces: int) -> Batch:
-        """Return one batch of the windows at `positions` of the shuffled stream, each cut into `pieces` windows.
+        """Return one batch of the windows at `positions` in the shuffled order, each cut into `pieces` shorter windows.
 
-        With a mask, the masks of a window depend only on the run's seed and the window's position.
+        The order (`WindowOrder`) shuffles the windows of `seq_len` tokens, not the tokens. A position is the number of
+        a window in this order, counted from 0. With a mask, the masks of a window depend only on the run's seed and the
+        window's position.
         """
         order = WindowOrder(len(self.stream), self.seq_len, self.seed)
         tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)

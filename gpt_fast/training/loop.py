@@ -252,7 +252,8 @@ class Loop:
     def _trace(self) -> AbstractContextManager[Any]:
         """Return a profiler that writes profile.json for some of the remaining updates, or a context that yields None.
 
-        The profiler is returned on rank 0 with --profile, if updates are left. Its trace shows what all ranks do.
+        The profiler is returned on rank 0 with --profile, if updates are left. It records rank 0 alone, as all ranks
+        do the same work.
         """
         updates = self.settings.steps - self.state.step if self._continues() else 0
         if not self.settings.profile or not self.engine.world.first or updates == 0:
@@ -342,9 +343,9 @@ class Loop:
     def _give_up(self, step: int, loss: float) -> None:
         """Save the batch of update `step` (from 1), the first of several that were skipped, and raise `ValueError`.
 
-        Rank 0 writes its micro-batches to bad-batch.safetensors in the run folder, as tensors such as "tokens.0" and
-        "labels.0", where 0 is the index of the micro-batch. The folder is then kept. `loss` is the loss of the latest
-        update, for the message.
+        Rank 0 writes bad-batch.safetensors in the run folder. The file holds the micro-batches of rank 0 alone, as
+        tensors such as "tokens.0" and "labels.0", where 0 is the index of the micro-batch. The folder is then kept.
+        `loss` is the loss of the latest update, for the message.
         """
         path = self.run_folder.folder / "bad-batch.safetensors"
         if self.engine.world.first:
@@ -382,10 +383,11 @@ class Loop:
 
         The keys are "step", "train_loss" (mean since the last line, NaN if all updates were skipped), "lr",
         "grad_norm", "tokens_per_second", "mfu" if it is known, "skipped", "spikes", "seconds", and those that the
-        validation returns. `lr` and `norm` are the learning rate of the last update and its gradient's norm before
-        clipping. A validation that is the best so far saves the model to best/. Every rank must call this, and only
-        rank 0 writes, with null for numbers that are not finite. The mean loss and the rates of the next line begin
-        anew.
+        validation returns. "skipped" and "spikes" count updates since the run began. "seconds" is the time spent in
+        updates since then, without validations and saving. `lr` and `norm` are the learning rate of the last update and
+        its gradient's norm before clipping. A validation that is the best so far saves the model to best/. Every rank
+        must call this, and only rank 0 writes, with null for numbers that are not finite. The mean loss and the rates
+        of the next line begin anew.
         """
         state, rate = self.state, self._rate
         mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan

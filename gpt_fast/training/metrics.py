@@ -219,7 +219,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def matthews(counts: Tensor) -> float:
-    """Return Matthews' correlation of a confusion matrix `[K, K]`, 0 where all labels or all answers are one class.
+    """Return Matthews' correlation of the confusion matrix `counts` [K, K]: 0 if all labels or answers are one class.
 
     In that case torchmetrics returns another value, such as 0.09 for 40 right answers of 60, which no constant answer
     deserves. Source: Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient".

@@ -38,7 +38,8 @@ class Prediction:
     def columns(self) -> Row:
         """Return the columns that the prediction adds to a row of a table, as a dict.
 
-        They are "prediction", the answer, and, if the answer is exactly one class, "probability", that of the class.
+        "prediction" is the answer. If the answer is one class, "probability" is the probability of this class. A set
+        that holds exactly one class has this column too.
         """
         if self.probabilities is None or self.answer not in self.probabilities:
             return {"prediction": self.answer}
@@ -173,9 +174,9 @@ def write_predictions(
     """Write to `out` the rows of the file `data` that `table` was read from, with a column "prediction" added to each.
 
     `found` holds one prediction for each row of `table`, in order. A prediction of one class adds a column
-    "probability" too. A column of the same name is replaced. Rows of `data` that `table` has left out are left out of
-    `out`, too. `options` are those with which `table` was read. The ending of `out`, .csv, .tsv or .jsonl, decides the
-    format.
+    "probability" too. The data must not have these columns yet, which `check_target` checks beforehand. Rows of `data`
+    that `table` has left out are left out of `out`, too. `options` are those with which `table` was read. The ending of
+    `out`, .csv, .tsv or .jsonl, decides the format.
     """
     read = set(table.places)  # a row without a usual number of choices may have been skipped
     rows = [row for place, row in read_rows(data, options) if place in read]

@@ -56,9 +56,10 @@ def check(settings: PretrainSettings) -> None:
     """Raise `ValueError` for settings that are wrong whatever the training text is, which is not read.
 
     These are: a batch size that micro-batches and ranks do not divide; more warmup than steps, except with --resume;
-    --graph with options that it does not allow; an unknown preset or tokenizer; and pipes as --data of a run that is
-    resumed. With --from, they are --preset, --layers, --heads, --dim and --tokenizer. Without it, they are sizes that
-    do not fit each other or the memory. Raise `FileNotFoundError` if the folder of --from holds no run.
+    --graph with options that it does not allow; an unknown preset or tokenizer; and pipes as --data with --resume.
+    With --from, the options --preset, --layers, --heads, --dim and --tokenizer are errors too, because the run of
+    --from decides them. Without --from, sizes that do not fit each other or the memory are errors too. Raise
+    `FileNotFoundError` if the folder of --from holds no run.
     """
     if settings.resume:
         _refuse_pipes(settings)
@@ -128,11 +129,11 @@ def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
 
 
 def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
-    """Raise `ValueError` if the model with one micro-batch cannot fit into the available memory of this machine.
+    """Raise `ValueError` if the model with one micro-batch cannot fit into the available main memory of this machine.
 
-    `config` is the configuration of the model. The estimate counts only what is certainly needed, in float32. On a CPU
-    these are weights, gradients, two moments and the input of each block. On a GPU, and with FSDP, these are the
-    weights alone.
+    `config` is the configuration of the model. The memory of a GPU is not checked. The estimate counts only what is
+    certainly needed, in float32. For training on a CPU these are weights, gradients, two moments and the input of each
+    block. On a GPU, and with FSDP, only the weights count, because the model is first built in main memory.
     """
     on_cpu = resolve_device(settings.device) == "cpu" and settings.strategy != "fsdp"
     numbers = (4 if on_cpu else 1) * config.trunk_parameters()
@@ -232,7 +233,10 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
 
 
 def _refuse_pipes(settings: PretrainSettings) -> None:
-    """Raise `ValueError` if a file of --data is a pipe, such as standard input, which a resumed run cannot read."""
+    """Raise `ValueError` if a file of --data is a pipe, such as standard input. Call this only for a resumed run.
+
+    A resumed run needs the text of its beginning, which a pipe no longer has.
+    """
     for path in settings.data:
         if is_piped(path):
             raise ValueError(f"--resume: --data {path} is a pipe, whose text is gone once it was read; expected files")

@@ -228,14 +228,15 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
 
 
 def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
-    """Return the `Session` of a training on one rank, with the settings that the run in `run` is trained with.
+    """Return this rank's `Session` of a training, with the settings that the run in `run` is trained with.
 
-    A run that is resumed, because its folder has a checkpoint, keeps the settings that it began with. Options in
-    `settings` that the user gives again have to agree, unless their declaration lets them change. If they ask for more
-    steps or epochs, rank 0 saves the new number in the run folder, and makes a finished run a stopped one. `ranks` is
-    the world of all ranks as this rank sees it. `show`, `say` and `stop` are put into the session: called after each
-    update, called with lines for the user, and the flag for signals. Raise `OptionError`, a `ValueError`, for options
-    that do not agree with the run or each other.
+    Every rank calls this, for a new run as well as for one that is resumed. A new run is trained with `settings`. A run
+    is resumed if its folder has a checkpoint, and then keeps the settings that it began with. Options in `settings`
+    that the user gives again have to agree, unless their declaration lets them change. If they ask for more steps or
+    epochs, rank 0 saves the new number in the run folder, and makes a finished run a stopped one. `ranks` is the world
+    of all ranks as this rank sees it. `show`, `say` and `stop` are put into the session: called after each update,
+    called with lines for the user, and the flag for signals. Raise `OptionError`, a `ValueError`, for options that do
+    not agree with the run or each other.
     """
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
@@ -251,8 +252,8 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
 def check_optimizer(settings: TrainingSettings) -> None:
     """Raise `ValueError` for --muon-lr without --optimizer muon, and for a strategy or rate that Muon does not allow.
 
-    Muon needs whole matrices, so it does not work with --strategy fsdp. Its rate follows that of AdamW, so --lr 0 is an
-    error unless --muon-lr is 0 too.
+    Muon needs whole matrices, so it does not work with --strategy fsdp. In each update, Muon's learning rate is AdamW's
+    rate times the ratio --muon-lr / --lr. So with Muon, --lr 0 is an error unless --muon-lr is 0 too.
     """
     if settings.optimizer != "muon":
         if settings.muon_lr is not None:

@@ -97,12 +97,16 @@ def read_tables(
 ) -> tuple[Table, Table, TaskSettings]:
     """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
-    The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
-    validation. With `fold` = (i, K), it is the i-th of K parts of the table, counted from 1. A row is not held out if
-    no row to train on has its class. Without `train`, both tables are snippets of the source of Python's standard
-    library, for the task "classification" alone. `options` say how to read the files. All rows of `train` decide how
-    their labels are spelled and name a choice. Raise `ValueError` if a table is missing or has too few rows to hold
-    some out, or if its columns or labels are not valid.
+    The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows of `train`, drawn by `seed`, is
+    held out for validation. With `fold` = (i, K), i from 1 to K, part i of K parts of these rows is held out instead. A
+    row is not held out if no row to train on has its class. If `valid` is given, `fold` is ignored. Without `train`,
+    both tables are snippets of the source of Python's standard library, for the task "classification" alone. `options`
+    say how to read the files.
+
+    Before rows are held out, different spellings of a class in `train`, such as 1 and 1.0, become the same. For
+    multiple choice, `task.answers` is how the labels name the right choice, such as "letters". If it is None, all rows
+    of `train` decide it. Raise `ValueError` if a table is missing or has too few rows to hold some out, or if its
+    columns or labels are not valid.
     """
     if train is None:
         if valid is not None:
@@ -209,9 +213,11 @@ def _labels(label: str, task: TaskSettings) -> list[str]:
 def label_names(table: Table, task: TaskSettings) -> list[str]:
     """Return the names of the classes of a training table, in order; for multiple choice, the letters of the choices.
 
-    The order is that of --labels if it is given. Else the classes are found in the table: numbers sorted by value, or
-    sorted texts. The list is empty if the labels are numbers or texts. Raise `ValueError` if there are fewer than two
-    classes (one where a row has a set of classes) or two choices. Also raise it if two labels may be one class.
+    With --labels, the result is the classes listed there. Else the classes are found in the table: numbers sorted by
+    value, or sorted texts. If labels are numbers to predict, or texts to write or find, the list is empty. Raise
+    `ValueError` if there are fewer than two classes (one if a row has a set of classes) or two choices. Also raise it
+    if classes found in the table are ambiguous, such as two texts that differ only in case, or a -1 that may mark a
+    missing label.
     """
     if task.kind not in ("class", "set", "tags"):
         return []
@@ -365,10 +371,11 @@ def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTCon
 def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
     """Return the example of a question and a text that holds the answer, in row number `row` of the table.
 
-    Its tokens are start, question, delimiter, text, extract. The label of the row is the answer. The target is the
-    first and the last position of the answer among the tokens. It is twice the last position of all if there is no
-    answer, and twice -100 if the answer was cut off. Its `context` has the text, the position of its first token, the
-    characters of each token and the answer. Raise `ValueError` if the answer is not in the text.
+    Its tokens are start, question, delimiter, text, extract. The label of the row is the answer. The target is a list
+    [first, last] of the answer's first and last position among the tokens. If there is no answer, both are the position
+    of the extract token, and if the answer was cut off, both are -100. The example's `context` has the text, the
+    position of the text's first token, the (begin, end) of each token's characters in the text, and the answer. Raise
+    `ValueError` if the answer is not in the text.
     """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
     between = marks(config)

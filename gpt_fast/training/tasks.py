@@ -207,10 +207,10 @@ def new_model(
 
     `make` builds a model of the class `head` with the configuration of the run in `source`, changed by `overrides`. It
     decides whether the run's weights are loaded or new ones drawn. The head class is the task's. A head that classifies
-    a sequence reads its extract token; its inputs are dropped with probability 0.1. `lm_weight` is the weight of the
-    language model's loss, and `classifier_bias` gives the output layer a bias. `names` holds the names of the classes
-    or choices. It is empty for tasks whose answer is a number or a span of the text. For a task whose answer is a text,
-    the result is `make(GPTForCausalLM, source)`, without overrides.
+    a sequence reads the last hidden state of the extract token. Dropout with probability 0.1 acts on the inputs of the
+    output layer. `lm_weight` is the weight of the language model's loss, and `classifier_bias` gives the output layer a
+    bias. `names` holds the names of the classes or choices. It is empty for tasks whose answer is a number or a span of
+    the text. For a task whose answer is a text, the result is `make(GPTForCausalLM, source)`, without overrides.
     """
     if task.writes:
         return make(task.task.head, source)

@@ -94,7 +94,7 @@ class TensorBoard:
     def _ignore(self, raised: threading.ExceptHookArgs) -> None:
         """Ignore an exception of one of tensorboard's threads. Pass any other to the previous exception hook.
 
-        Python calls this for an exception that ends a thread.
+        Python calls this when an exception ends a thread. `raised` holds the exception and the thread.
         """
         if not type(raised.thread).__module__.startswith("tensorboard."):
             self._hook(raised)

@@ -77,10 +77,11 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """Return True if the file, or the member of a zip archive itself, is uncompressed UTF-8.
+        """Return True if the file is not compressed and its encoding is UTF-8.
 
-        If True, a byte's position in the file is its position in the text plus `bom`, the length of the byte order
-        mark.
+        For a member of a zip archive, the file is the unpacked member, so the compression by the archive does not
+        count. If True, a byte's position in the file is its position in the text plus `bom`, the length of the byte
+        order mark.
         """
         return not self.compression and self.encoding == "utf-8"
 
@@ -112,16 +113,16 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
     """Return the format of a file, "text", "jsonl", "json", "csv", "tsv" or "parquet", by its name or else its content.
 
     The endings .csv, .tsv, .jsonl, .ndjson and .parquet decide alone. A .json file is "json" if it holds an array, and
-    "jsonl" if it holds an object on each line. A file without an ending is "jsonl" if its first line is an object.
-    Other files are "text".
+    "jsonl" if it holds two or more objects, each on a line. A file without an ending is "jsonl" if its first line is an
+    object. Other files are "text".
 
-    `in_folder` tells that the file was found in a folder or an archive. Then a .json file of another form, such as a
-    package.json among source code, is "text". Otherwise it is "jsonl" if it is one object on one line, and else an
-    error.
+    `in_folder` is True if the file was found in a folder or an archive. A .json file with anything else, such as a
+    package.json among source code, is then "text". If `in_folder` is False, a .json file with a single object on a
+    single line is "jsonl", and one with anything else is an error.
 
     Raises:
         ValueError: The file is a token file (.bin), a tar archive, or a document that is not text, such as a PDF. Or it
-            is a parquet table that is compressed or in an archive, or a .json file with one value, as described above.
+            is a parquet table that is compressed or in an archive, or a .json file of a form that is not listed above.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:
@@ -266,11 +267,10 @@ def _read_through(file: TextFile, written: int) -> int:
 
 
 def _walk(folder: Path) -> list[TextFile]:
-    """Return each file below `folder` once, sorted by path, without hidden files and what lies in hidden folders.
+    """Return each file below `folder` once, sorted by path, without hidden files and files in hidden folders.
 
-    The name of each `TextFile` is its path below `folder`. Links are followed. A file that several paths lead to has
-    the one that is found first; paths through links to folders come last. Raise `FileNotFoundError` for a link that
-    leads nowhere.
+    The name of each `TextFile` is its path below `folder`. Links are followed. If several paths lead to a file, a path
+    that passes no link to a folder is preferred. Raise `FileNotFoundError` for a link that leads nowhere.
     """
     files: dict[str, Path] = {}
     folders, links = [folder], list[Path]()

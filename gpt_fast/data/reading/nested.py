@@ -44,11 +44,12 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
 
     `place` is the position of `row` in the file, such as "row 5". An article of RACE has the field `article` and the
     lists `questions`, `options` and `answers`. It makes a row with id, article, question, options and answer for each
-    question, and their places are "row 5, question 1" and so on.
+    question, and their places are "row 5, question 1" and so on. `answer` is the entry of `answers`, in RACE a letter.
 
     A row of ARC has choices with `text` and `label`, and its question may be an object that holds them. It makes one
-    row, whose `question` is a text and whose `choices` are a list of texts. If `answerKey` is one of the labels,
-    `answer` is its index in that list. Any other row is yielded unchanged.
+    row, whose `question` is a text and whose `choices` are a list of texts. Its other fields stay. If `answerKey` is
+    one of the labels, the field `answer` is added: the index of the right choice in that list, counted from 0. For any
+    other `answerKey` no field is added. Objects in neither form are yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]

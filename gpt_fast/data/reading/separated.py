@@ -114,11 +114,11 @@ def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
     syntax would swallow the rows up to the next quote. `options.columns` are the names of the columns if the file has
     no header line.
 
-    Quotes are syntax if the file can be read so without an error, each row then has as many fields as there are
-    columns, and one of two conditions holds. Either, with quotes as text, some rows have another number of fields, and
-    these are at least as many as the rows that quoting joins to others. Or there are no such rows, quoting joins none,
-    and a csv writer would have written each row as it stands in the file. The result is cached as long as the file does
-    not change.
+    The file is read in both ways. If reading it with quotes as syntax fails, or gives a row with another number of
+    fields than there are columns, quotes are text. Otherwise, let R be the number of rows with another number of fields
+    if quotes are text. Let D be the number of rows that the file has fewer if quotes are syntax. If R is above 0,
+    quotes are syntax if R >= D. If R is 0, they are syntax if D is 0 and a csv writer with one style of quoting would
+    write every row as it stands in the file. The result is cached as long as the file does not change.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 
@@ -158,7 +158,7 @@ class _Scan:
     """Statistics of reading a .tsv in one way, with quotes as syntax or as text.
 
     `ragged` counts the rows with another number of fields than the header. `error` is the message if reading failed.
-    `forms` are the quotings with which a csv writer would write each row as it stands in the file.
+    `forms` are the constants of the csv module with which a csv writer would write every row as it stands in the file.
     """
 
     rows: int = 0
@@ -171,10 +171,10 @@ def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
     """Read a .tsv file with `quoting`, a constant of the csv module, and return the statistics of that reading.
 
     `rows` is the number of rows below the header, and `ragged` the number of rows with another number of fields than
-    there are columns. `error` is the message if reading failed, else None. `forms` are the quotings with which a csv
-    writer would write each row as it stands in the file; they are not determined for `csv.QUOTE_NONE`.
-    `options.columns` are the names of the columns if the file has no header line. Raise `UnicodeDecodeError` if the
-    file is not UTF-8.
+    there are columns. `error` is the message if reading failed, else None. `forms` is one set for the whole file: the
+    constants of the csv module with which a csv writer would write every row as it stands there. It has no meaning if
+    `quoting` is `csv.QUOTE_NONE`. `options.columns` are the names of the columns if the file has no header line. Raise
+    `UnicodeDecodeError` if the file is not UTF-8.
     """
     scan = _Scan()
     try:

@@ -260,10 +260,10 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
 def _may_defer() -> bool:
     """Return True if logits may be deferred, that is, computed when code reads them.
 
-    The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
-    `torch.func`. These record the computation of the moment. It is False inside activation checkpointing, which
-    compares or repeats the computation of a block. Signs of activation checkpointing are gradients that are off in a
-    forward pass, a backward pass that is running, and hooks on saved tensors.
+    The result is False if gradients are off. It is False while a graph or a trace is recorded, inside transforms of
+    `torch.func`, and inside forward-mode differentiation, because all of these would miss a later computation. The
+    result is also False inside activation checkpointing, which compares or repeats the computation of a block. This
+    function takes a running backward pass, or hooks on saved tensors, as a sign of activation checkpointing.
     """
     return (
         torch.is_grad_enabled()

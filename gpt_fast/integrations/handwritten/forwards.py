@@ -41,9 +41,9 @@ class Block:
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a hand-written block that `gpt_fast.accelerate` recognised: x [B, T, C] → [B, T, C], on `gpt_fast.ops`.
 
-    x is the first argument. The forward of the block's class runs instead if the block changed or got hooks after it
-    was recognised. It also runs if x is no tensor of three dimensions, or if another argument differs from its default.
-    If a dropout is active, the call draws a seed.
+    `self` is the block, and x is the first argument. The forward of the block's class runs instead if the block changed
+    or got hooks after it was recognised. It also runs if x is no tensor of three dimensions, or if another argument
+    differs from its default. If a dropout is active, the call draws a seed.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
@@ -64,32 +64,32 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
+    """Run an attention module that is accelerated alone, not as part of a block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The output projection and the dropout after it are included. The forward of the module's
-    class runs instead if the module changed or got hooks after it was recognised. It also runs if x is no tensor of
-    three dimensions, or if another argument differs from its default.
+    `self` is the attention module, and x is the first argument. The output projection and the dropout after it are
+    included. The forward of the module's class runs instead if the module changed or got hooks after it was recognised.
+    It also runs if x is no tensor of three dimensions, or if another argument differs from its default.
     """
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C].
+    """Run an MLP that is accelerated alone, not as part of a block: x [B, T, C] → [B, T, C].
 
-    x is the first argument. The dropout of the output is included. The forward of the module's class runs instead if
-    the module changed or got hooks after it was recognised. It also runs if x is no tensor of three dimensions, or if
-    another argument differs from its default.
+    `self` is the MLP, and x is the first argument. The dropout of the output is included. The forward of the MLP's
+    class runs instead if the MLP changed or got hooks after it was recognised. It also runs if x is no tensor of three
+    dimensions, or if another argument differs from its default.
     """
     return _alone(self, _mlp, args, kwargs)
 
 
 def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
-    """Run attention or an MLP that was recognised, but not the block around it: x [B, T, C] → [B, T, C].
+    """Run attention or an MLP that is accelerated alone, not as part of a block: x [B, T, C] → [B, T, C].
 
-    `branch_of` is `_attention` or `_mlp`. `args` and `kwargs` are the arguments of the call, and x is the first of
-    them. The last dropout runs by itself, because the residual addition that it could be fused with is in foreign code.
-    The forward of the module's class runs instead if the module changed or got hooks after it was recognised. It also
-    runs if x is no tensor of three dimensions, or if another argument differs from its default.
+    `self` is the attention module or the MLP, and `branch_of` is the function that computes it, `_attention` or `_mlp`.
+    `args` and `kwargs` are the arguments of the call, and x is the first of them. The forward of the module's class
+    runs instead if the module changed or got hooks after it was recognised. It also runs if x is no tensor of three
+    dimensions, or if another argument differs from its default.
     """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
@@ -103,8 +103,8 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
     """Return True if each argument of a call but the first is the default in the forward of the module's class.
 
-    The result is False if an argument has no default or an unknown name, or if there are too many. Bools are compared
-    by value, other arguments by identity.
+    `self` is the module, and `args` and `kwargs` are the arguments of its call. The result is False if an argument has
+    no default or an unknown name, or if there are too many. Bools are compared by value, other arguments by identity.
     """
     kind: Any = type(self)
     names, defaults = _signature(kind)
@@ -129,9 +129,10 @@ def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
 def _is_whole(self: Any, block: Block) -> bool:
     """Return True if `gpt_fast.ops` may compute `self`: it is as it was recognised, and no hook would be skipped.
 
-    The options, buffers and classes are the recognised ones, which is not checked in a compiled graph. The block itself
-    and its attention and MLP have no hooks and no forwards of their own. Each dropout inside an op is a number or an
-    `nn.Dropout` without hooks. If heads have dropouts of their own, all have one rate.
+    `self` is the recognised block, or attention or an MLP alone, and `block` is its record. `_is_unchanged` must return
+    True, except in a compiled graph, where it is not called. `self` and the attention and MLP modules in it must have
+    no hooks and no foreign forwards. The dropouts of attention probabilities and of the hidden activation must be
+    numbers or `nn.Dropout` modules without hooks. If each head has a dropout, all must have the same rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -148,10 +149,12 @@ def _is_whole(self: Any, block: Block) -> bool:
 
 
 def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
-    """Return True if the options and buffers of `self` are as they were recognised, and no hook would be skipped.
+    """Return True if `self` did not change after it was recognised, and the fused forward would skip no hook.
 
-    `called` holds paths of modules that the fused forward can call. Modules at other paths may have no hooks and no
-    forwards of their own. A compiled graph does not ask this function, because it is made for the block as recognised.
+    `self` is the recognised block, or attention or an MLP alone, and `block` is its record. Its buffers, its simple
+    attributes (such as numbers and strings) and the classes of its submodules must equal the recorded ones. `called`
+    holds paths of submodules that the fused forward can call. All other submodules must be without hooks and without a
+    forward set on the instance.
     """
     if block.state is None or not block.state.holds(self):
         return False
@@ -163,9 +166,10 @@ def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
 
 
 def _has_plain_rate(self: Any, path: str) -> bool:
-    """Return True if the dropout at `path` can run inside an op, which needs its rate alone.
+    """Return True if the dropout at `path` in the module `self` can run inside an op, which takes only its rate.
 
-    This holds for the path "" (no dropout), for a number, and for an `nn.Dropout` without hooks and with p < 1.
+    The result is True if `path` is "" (no dropout) or leads to a number, the rate. It is also True if `path` leads to
+    an `nn.Dropout` without hooks and with p < 1.
     """
     source: Any = part(self, path) if path else None
     if not isinstance(source, nn.Module):
@@ -174,9 +178,10 @@ def _has_plain_rate(self: Any, path: str) -> bool:
 
 
 def _rate(self: Any, path: str) -> float:
-    """Return the dropout probability at `path` now: 0.0 outside of training mode, and for the path "".
+    """Return the dropout probability at `path` in the module `self`: 0.0 outside of training mode, or if `path` is "".
 
-    The path leads to an `nn.Dropout`, or to a number, which holds while the module that owns it is in training mode.
+    The path leads to an `nn.Dropout`, or to an attribute that is a number. Such a number counts as 0.0 unless the
+    module with that attribute is in training mode.
     """
     if not path:
         return 0.0
@@ -187,11 +192,11 @@ def _rate(self: Any, path: str) -> float:
 
 
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
-    """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
+    """Return (branch, p): the output of attention or the MLP, and the dropout probability that the caller has to apply.
 
-    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a dropout by a number or by
-    an `nn.Dropout` without hooks with the addition, and p is its probability, 0 outside of training mode. Any other
-    dropout module is called here, and p is 0.
+    `self` is the recognised block, or attention or an MLP alone. `path` leads from `self` to the dropout of the output,
+    "" if there is none. If a number or an `nn.Dropout` without hooks is there, `branch` stays and p is the probability,
+    0 outside of training mode. Any other dropout module is called on `branch` here, and p is 0.
     """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
@@ -202,9 +207,9 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
-    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
-    nothing drops.
+    `self` is the recognised block, or attention alone. `block` is its record, with paths that start at `self`. The
+    caller has to apply dropout with probability p to `branch`. p is 0 if the dropout module had to be called here, for
+    example because it has hooks. `seed` is the dropout seed of this call, or None if no dropout is active.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -218,10 +223,11 @@ def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple
 
 
 def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
-    """Return the projections of x [B, T, C] by the layers at `paths`: [qkv [B, T, 3C]], or [q, k, v], each [B, T, C].
+    """Return attention's input projections of x [B, T, C]: [qkv [B, T, 3C]], or [q, k, v], each [B, T, C].
 
-    More than three paths lead to the projections of single heads: all queries, then all keys, then all values. Their
-    weights [D, C] are joined, and the result is [qkv].
+    `paths` lead from `self`, the recognised block or attention alone, to the linear layers: one packed layer, or three
+    in the order q, k, v. More than three paths lead to the projections of single heads: all queries, then all keys,
+    then all values. Their weights [D, C] are joined, and the result is [qkv].
     """
     layers = [part(self, path) for path in paths]
     if len(layers) <= 3:
@@ -233,11 +239,11 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 
 
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
-    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
+    """Return (branch, p): the MLP's output for x, both [B, T, C], and a dropout rate.
 
-    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout had to be called here, for example
-    because it has hooks. `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if
-    nothing drops.
+    `self` is the recognised block, or an MLP alone. `block` is its record, with paths that start at `self`. The caller
+    has to apply dropout with probability p to `branch`. p is 0 if the dropout module had to be called here, for example
+    because it has hooks. `seed` is the dropout seed of this call, or None if no dropout is active.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
@@ -252,7 +258,11 @@ def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tenso
 
 
 def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
-    """Return the activation of x [B, T, F], by the block's activation module or, without one, by `block.activation`."""
+    """Return act(x) for x [B, T, F], where act is the MLP's activation function.
+
+    `self` is the recognised block, or an MLP alone, and `block` is its record. The activation module in `self` is
+    called. If `self` has none, the activation with the name `block.activation` runs, such as "gelu".
+    """
     from ..._activations import ACTIVATIONS
 
     path = block.layout.activation
@@ -260,9 +270,10 @@ def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
 
 
 def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
-    """Return True if the module at `path` still has the recognised class and no hooks, or if `path` is "".
+    """Return True if the module at `path` in `self` still has the recorded class and no hooks, or if `path` is "".
 
-    The path "" stands for no module.
+    `self` is the recognised block, or attention or an MLP alone. `block` is its record, in which `kinds` maps each path
+    to a class. The path "" stands for no module.
     """
     return not path or _plain.why_not_plain(part(self, path), block.kinds[path]) is None
 
@@ -270,7 +281,8 @@ def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
 def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
     """Return LayerNorm of x [B, T, C], by `ops.layer_norm`, with the parameters of the module at `norm.path` in `self`.
 
-    The module is called instead if it has hooks or another class than the recognised one.
+    `self` is the recognised block and `block` is its record. The norm module is called instead if it has hooks or
+    another class than the recorded one.
     """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
@@ -283,8 +295,9 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (norm(x + dropout(branch)), x + dropout(branch)), both [B, T, C], with dropout probability `p`.
 
-    One op computes both, unless the module at `norm.path` has hooks or another class now and is called. `seed` and
-    `site`, the number of this dropout within the call, choose the dropout mask.
+    `self` is the recognised block and `block` is its record. One op computes both results with the parameters of the
+    norm module at `norm.path` in `self`. The norm module is called instead if it has hooks or another class than the
+    recorded one. `seed` and `site`, the number of this dropout within the call, choose the dropout mask.
     """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
@@ -303,10 +316,10 @@ def _named(module: Any, name: str) -> Tensor | None:
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a LayerNorm outside of the blocks that `gpt_fast.accelerate` recognised: x [..., C] → [..., C].
+    """Run a LayerNorm that `gpt_fast.accelerate` replaced outside of blocks: x [..., C] → [..., C].
 
-    The forward of the module's class runs instead if the call has other arguments, or if the module changed after it
-    was recognised.
+    `self` is the norm module, and x is the only argument. The forward of the module's class runs instead if the call
+    has other arguments, or if the module changed after it was recognised.
     """
     norm: Norm = vars(self)[PARTS]
     x = args[0] if len(args) == 1 and not kwargs else None
@@ -319,8 +332,8 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the logits [..., V] of hidden states [..., C], the only argument; they are computed when code reads them.
 
-    In a pass without gradients or in a graph they are computed at once. A call with other arguments runs the forward of
-    the module's class.
+    `self` is the output layer. Without gradients or in a graph the logits are computed at once (see `logits`). A call
+    with other arguments runs the forward of the module's class.
     """
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)

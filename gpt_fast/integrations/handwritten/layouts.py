@@ -130,9 +130,9 @@ def _projections(C: int, sizes: dict[str, tuple[int, int]], count: int) -> tuple
     """Return (qkv, out), the paths of attention's input projections and of its output projection, or None.
 
     `sizes` maps the path of each linear layer to its (in_features, out_features), and `C` is the model's width. `count`
-    is the number of attention's linear layers: 2 if one layer computes queries, keys and values, else 3 H + 1. With 3 H
-    input projections, H for queries, H for keys and H for values, `qkv` lists them in this order. The result is None if
-    the layers do not fit.
+    is the number of attention's linear layers. It is 2 if one layer computes queries, keys and values, and 4 if each
+    has a layer. It is 3 H + 1 if each of H heads has three layers. `qkv` lists the layers of queries, then keys, then
+    values. The result is None if the layers do not fit.
     """
     square = [path for path, size in sizes.items() if size == (C, C)]
     if count == 2:
@@ -280,7 +280,7 @@ def find_norm(path: str, module: Any) -> Norm | None:
 
 
 def _same(got: Tensor, expected: Tensor) -> bool:
-    """Return True if two tensors agree in shape, dtype and, to 1e-6 of the largest expected value, in values."""
+    """Return True if `got` equals `expected` in shape, dtype and, to 1e-6 of the largest expected value, in values."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     return torch.allclose(got, expected, rtol=1e-6, atol=1e-6 * float(expected.detach().abs().max()))

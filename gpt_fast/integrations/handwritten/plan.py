@@ -181,9 +181,9 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 
     They may stand in a model without blocks, or in a block that is left alone. The list is empty for a model without a
     LayerNorm. Modules in `claimed` are skipped, and the modules that were examined are added to `claimed`. `report`
-    gets entries for modules that are replaced, and for attention that is left alone, unless its block has such an
-    entry. `longest` is the sequence length at which a module is compared once, besides short ones. A `Patch` holds a
-    module and its new forward.
+    gets an entry for each module that is replaced. Attention that is left alone gets an entry unless `report` already
+    names its block as left alone; an MLP that is left alone gets none. `longest` is the sequence length at which a
+    module is compared once, besides short ones. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer

@@ -176,7 +176,10 @@ def _heads(block: Any, layout: Layout) -> Iterator[int]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """Return the values of a configuration, which may be a dictionary or an object, and [] for any other value."""
+    """Return the values of `value` if it is a dictionary, or of its attributes if it has a `__dict__`, else [].
+
+    Such a value may be a configuration that holds the number of heads. Modules, tensors and classes give [].
+    """
     if isinstance(value, dict):
         return list(value.values())
     has_options = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor)
@@ -186,8 +189,9 @@ def _inside(value: Any) -> list[Any]:
 def _activations_of(block: Any, layout: Layout) -> list[str]:
     """Return the names in `ACTIVATIONS` that the block's activation may have.
 
-    This is the one that the activation module computes. Without such a module all names are possible, and if the module
-    raises on a float64 vector, none. Raises `Refused` if the module computes no activation of this library.
+    The result names the activation that the module at `layout.activation` computes. If that path is "", there is no
+    module, and the result has all names. It is empty if the module raises on a float64 vector. Raises `Refused` if the
+    module computes no activation of this library.
     """
     if not layout.activation:
         return list(ACTIVATIONS)
@@ -310,7 +314,7 @@ def _widened(block: nn.Module, factor: float = 1.0) -> dict[str, Tensor]:
 
 
 def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
-    """Return block(x) with `parameters`, by name, in place of its own.
+    """Return block(x) with `parameters`, which maps names to tensors, in place of the block's parameters.
 
     The call gets a copy of x, because the block may write into its input.
     """
@@ -318,10 +322,10 @@ def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
 
 
 def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: Tensor, *factors: Any) -> Tensor:
-    """Return formula(block, parts, x, *factors) with `parameters`, by name, in place of the block's own.
+    """Return formula(block, parts, x, *factors) with `parameters` (name → tensor) in place of the block's parameters.
 
-    `parts` tells how the block computes. `factors` are the arguments `factors` and `fused` of `formula`, which stand
-    for dropouts.
+    `parts` tells how the block computes. `factors` is empty or holds the last two arguments of `formula`. These are a
+    tuple of four numbers or tensors, one for each dropout, and the number `fused`.
     """
 
     class Holder(nn.Module):
@@ -337,9 +341,10 @@ def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: T
 
 
 def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
-    """Return True if `got` is finite and equals `expected` in shape, dtype and, within a tolerance of 1e-6, in values.
+    """Return True if `got` is a finite tensor with the shape, dtype and, within a tolerance, values of `expected`.
 
-    The tolerance is relative to each value and to `largest`, by default the largest absolute value of `expected`.
+    A value may differ by 1e-6 times the sum of |expected value| and `largest`. `largest` is by default the largest
+    absolute value in `expected`.
     """
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
@@ -438,10 +443,12 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
 
     The four `paths` lead to the dropouts of attention's probabilities, attention's output, the hidden activation and
     the MLP's output, "" where nothing is dropped. If each head is a module with its own dropout, `heads` holds the
-    paths of all heads. `paths` then begins with the first of them. Otherwise `heads` is empty. `sources` maps each
-    dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of length T and
-    stays in training mode. Raises `Refused` if it drops at other places, or if outputs or gradients differ from those
-    of `formula`.
+    paths of the dropouts of all heads, and the first one is also `paths[0]`. Otherwise `heads` is empty.
+
+    `parts` tells where the block keeps its weights and how it computes; its dropouts are not read. `sources` maps each
+    dropout probability, which no two dropouts share, to the dropout's path. The block runs on random hidden states of
+    length T and stays in training mode. Raises `Refused` if the block drops at other places, or if its outputs or
+    gradients differ from the ones of `formula`.
     """
     block.train()
     wide = _widened(block)
@@ -496,9 +503,9 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
 
 
 def _rates(block: nn.Module) -> list[str]:
-    """Return the paths of all dropouts: `nn.Dropout` modules, and floats in [0, 1) with "drop" in their names.
+    """Return the paths of all dropouts in `block`: `nn.Dropout` modules, and floats in [0, 1) with "drop" in the name.
 
-    The path of a float ends in the attribute's name.
+    The floats are attributes of modules. The path of a float ends in the attribute's name.
     """
     found = []
     for path, module in block.named_modules():
@@ -518,7 +525,7 @@ def _get_rate(block: Any, path: str) -> float:
 
 
 def _set_rate(block: Any, path: str, rate: float) -> None:
-    """Set the probability of the dropout at `path` in `block`, an `nn.Dropout` or a float attribute."""
+    """Set the probability of the dropout at `path` in `block`, an `nn.Dropout` or a float attribute, to `rate`."""
     source = part(block, path)
     if isinstance(source, nn.Dropout):
         source.p = rate

@@ -66,7 +66,8 @@ def _options(module: nn.Module, rates: frozenset[str]) -> dict[str, Any]:
     """Return the simple attributes of `module` and of all modules inside it, by path, for comparison.
 
     Simple are numbers, strings, bytes, tuples and None, also one level inside dictionaries and objects. Private
-    attributes, train flags, attributes named `p` or `forward` and the paths in `rates` are left out.
+    attributes, train flags and attributes named `p` or `forward` are left out. `rates` holds paths of float attributes
+    that are dropout probabilities, such as "attn.dropout". They are left out, because each call reads them anew.
     """
     found: dict[str, Any] = {}
     for path, child in module.named_modules():

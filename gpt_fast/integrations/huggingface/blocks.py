@@ -53,10 +53,10 @@ class Pass(NamedTuple):
 
 
 def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run transformers' `GPT2Model` on `gpt_fast.ops`. Arguments and result are those of its own forward.
+    """Run `self`, a `GPT2Model`, on `gpt_fast.ops`, with the arguments and the result of the forward of its class.
 
-    That forward runs instead, with a warning, if the ops do not support the call. Each call in training draws a new
-    dropout seed. A key-value cache that is given is extended in place.
+    The forward of the class runs instead, with a warning, if the ops do not support the call. Each call in training
+    draws a new dropout seed. A key-value cache that is given is extended in place.
     """
     call = named(self, args, kwargs)
     cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
@@ -110,7 +110,7 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def gpt2_block_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a `GPT2Block` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+    """Run `self`, a `GPT2Block`, on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
     `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). Other arguments than `hidden_states` are then ignored,
     and the result is x [B, T, C] or, if the pass's `carries` is True, (x, branch, branch_p). The caller then adds
@@ -122,10 +122,10 @@ def gpt2_block_forward(
 
 
 def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
-    """Return x [B, T, C], the output of the block for x and the state `now` of the forward pass.
+    """Return the output [B, T, C] of `self`, a `GPT2Block`, for x [B, T, C] and the state `now` of the forward pass.
 
-    If `now.carries`, return (x, branch, branch_p) instead. The caller then adds dropout(branch) to x, with probability
-    `branch_p`, in one op with the next norm.
+    If `now.carries`, return (x, branch, branch_p) instead, where x are the hidden states before the block's last
+    addition. The caller then adds dropout(branch) to x, with probability `branch_p`, in one op with the next norm.
     """
     attn, mlp = self.attn, self.mlp
     attends = _plain.is_plain(attn, gpt2.GPT2Attention) and _plain.is_plain(attn.c_attn, Conv1D)
@@ -151,10 +151,11 @@ def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple
 def gpt2_attention_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
-    """Run `GPT2Attention` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+    """Run `self`, a `GPT2Attention`, on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is (out, None), where out [B, T, C]
-    is attention's output after its output projection and dropout. None takes the place of the probabilities.
+    `hidden_states` [B, T, C] is the input, and `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With a pass
+    the result is (out, None), where out [B, T, C] is attention's output after its output projection and dropout. None
+    takes the place of the probabilities.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -165,10 +166,10 @@ def gpt2_attention_forward(
 
 
 def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run transformers' `OpenAIGPTModel` on `gpt_fast.ops`. Arguments and result are those of its own forward.
+    """Run `self`, an `OpenAIGPTModel`, on `gpt_fast.ops`, with the arguments and the result of its class's forward.
 
-    That forward runs instead, with a warning, if the ops do not support the call. Each call in training draws a new
-    dropout seed.
+    The forward of the class runs instead, with a warning, if the ops do not support the call. Each call in training
+    draws a new dropout seed.
     """
     call = named(self, args, kwargs)
     reason = _unsupported(self, call, _GPT1_ARGUMENTS)
@@ -194,10 +195,10 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
-    """Run a block of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+    """Run `self`, a block of GPT-1, on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is the list [x], with x [B, T, C], and other
-    arguments are ignored.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With a pass the result is the list [out], where out [B, T, C]
+    is the block's output for x [B, T, C], and other arguments are ignored.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -205,7 +206,7 @@ def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any 
 
 
 def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
-    """Return the output [B, T, C] of a post-norm block for x [B, T, C] and the state `now` of the forward pass."""
+    """Return the output [B, T, C] of `self`, a block of GPT-1, for x [B, T, C] and the state `now` of the pass."""
     branch, p = _attention(self.attn, gpt1.Attention, x, now)
     x, _ = _plain.add_norm(branch, x, p, self.ln_1, now.seed, now.site + 1)
     branch, p = mlp_branch(self.mlp, gpt1.MLP, x)
@@ -213,10 +214,10 @@ def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
 
 
 def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
-    """Run attention of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+    """Run `self`, GPT-1's attention, on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by its class's forward.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is the list [out], where out [B, T, C] is
-    attention's output after its output projection and dropout.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With a pass the result is the list [out], where out [B, T, C]
+    is attention's output for x [B, T, C], after its output projection and dropout.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -240,7 +241,8 @@ def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, flo
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     """Return the output [B, T, C] of attention with its output projection for x [B, T, C], before the branch's dropout.
 
-    `now` holds the masks, the seed and the cache of the forward pass. The cache gets the new keys and values.
+    `attn` is the attention module of GPT-2 or GPT-1. `now` holds the masks, the seed and the cache of the forward pass.
+    The cache gets the new keys and values.
     """
     qkv = project(attn.c_attn, x)  # [B, T, 3C]
     p = _attention_dropout(attn)
@@ -262,17 +264,18 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
 def _attention_dropout(attn: Any) -> float:
     """Return the dropout probability of attention's probabilities now, 0.0 outside of training mode.
 
-    The train flag is that of `attn` for GPT-2's fused attention, and that of its dropout module for any other.
+    `attn` is the attention module of GPT-2 or GPT-1. The train flag of its dropout module counts for GPT-1 and for
+    GPT-2 with attention implementation "eager". The train flag of `attn` itself counts for GPT-2 with any other one.
     """
     fused = isinstance(attn, gpt2.GPT2Attention) and attn.config._attn_implementation != "eager"
     return attn.attn_dropout.p if (attn if fused else attn.attn_dropout).training else 0.0
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks.
+    """Return layer(x) for x [B, T, C], either by `ops.linear` or by a call of `layer`.
 
-    The op reads the transposed weight in place. The layer is called, too, if x has fewer than 32 rows B T outside of a
-    compiled graph.
+    `ops.linear` computes it if `layer` is a `Conv1D` without hooks, and x has at least 32 rows B T or a graph is being
+    compiled. The op reads the transposed weight in place. In all other cases `layer` is called.
     """
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
@@ -372,9 +375,10 @@ def _embed(
 ) -> Tensor:  # fmt: skip
     """Return dropout(token embeddings + position embeddings) [B, T, C].
 
-    The dropout is `trunk.drop`, with the mask of `seed`. `x` holds tokens [B, T], or embeddings [B, T, C] that take the
-    place of the token embeddings. `positions` holds position ids; None counts from 0. `call` holds the arguments of the
-    trunk's call by name. Its `token_type_ids`, if given, are embedded by the token table and added.
+    The dropout is `trunk.drop`, with the mask of `seed`. `tokens_table` and `positions_table` are the trunk's embedding
+    modules. `x` holds tokens [B, T], or embeddings [B, T, C] that take the place of the token embeddings. `positions`
+    holds position ids; None counts from 0. `call` holds the arguments of the trunk's call by name. Its
+    `token_type_ids`, if given, are embedded by the token table and added.
     """
     types = call.get("token_type_ids")
     plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
@@ -407,7 +411,7 @@ def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
 
 
 def _seed(trunk: Any, device: torch.device) -> Tensor | None:
-    """Return a new dropout seed for one forward pass of the trunk.
+    """Return a new dropout seed on `device` for one forward pass of the trunk.
 
     The result is None in evaluation mode, or if all dropout rates of the configuration are 0.
     """
@@ -458,8 +462,10 @@ def named(module: Any, args: tuple, kwargs: dict) -> dict:
     """Return the arguments that a call passes, by the names of the parameters of the class's own forward.
 
     Parameters that the call leaves out are not in the dict. `args` and `kwargs` are the arguments of the call, and
-    `module` is the module that is called. `past_key_values` becomes `cache` where the class has renamed it, with a
-    `FutureWarning` outside of compiled graphs. If both are given, `cache` is kept. The result may be `kwargs` itself.
+    `module` is the module that is called. The result may be `kwargs` itself.
+
+    If the forward has a parameter `cache`, `past_key_values` is its old name. An argument `past_key_values` is then
+    renamed to `cache` or, if `cache` is given too, dropped. Outside of compiled graphs a `FutureWarning` says so.
     """
     if not args and "past_key_values" not in kwargs:
         return kwargs
@@ -477,7 +483,7 @@ def named(module: Any, args: tuple, kwargs: dict) -> dict:
 
 
 def _warn_of_padding(trunk: Any, call: dict) -> None:
-    """Let transformers warn of padding tokens without an attention mask.
+    """Let transformers warn if a call of `trunk` has padding tokens but no attention mask.
 
     `call` holds the arguments by name. There is no warning inside a `vmap`, because transformers would read the tokens.
     """
@@ -508,9 +514,11 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
     """Return why `gpt_fast.ops` do not support a call of GPT-2's or GPT-1's trunk, or None if they do.
 
     `call` holds the arguments by name, and `known` the names of the arguments that are supported. An argument of None
-    counts as left out. Reasons in the call are other arguments, a request for attention probabilities or for the states
-    of some layers, none or both of `input_ids` and `inputs_embeds`, and an attention mask of another form. Reasons in
-    the model are an attention dropout with hooks and a block that `accelerate` has not patched.
+    counts as left out. Reasons in the call are other arguments, `output_attentions=True`, an `output_hidden_states`
+    that is no bool and so selects layers, and none or both of `input_ids` and `inputs_embeds`. An attention mask may
+    have up to three dimensions, with one element per token for GPT-1. A bool mask of four dimensions is supported for
+    GPT-2 with attention implementation "sdpa" only. Reasons in the model are an attention dropout that has hooks or
+    another class than `nn.Dropout`, and a block that `gpt_fast.accelerate` has not patched.
     """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:

@@ -87,8 +87,11 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
 
     Raise `TypeError` for a model of another class. Raise `ValueError` if the model is not what its configuration says,
     or has an option that this library lacks. Raise `ValueError` also if the outputs of the two models differ without a
-    reason in `overrides`. If `kind` is the counterpart of the model's class, a weight that would be lost raises it too,
-    unless `overrides` has lm_weight, classifier_bias or output_bias.
+    reason in `overrides`.
+
+    If `kind` is the counterpart of the model's class, a weight that would be lost raises `ValueError`, too. This check
+    is skipped if `overrides` has a field that decides which parameters the head has, with any value: `lm_weight` (the
+    weight of the language model's loss), `classifier_bias` or `output_bias`.
     """
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
@@ -375,9 +378,10 @@ def _activation_names(pre_norm: bool) -> dict[str, tuple[str, ...]]:
 
 
 def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
-    """Return the `GPTConfig` for transformers' configuration `theirs` of a model of the class named `kind`.
+    """Return the `GPTConfig` for `theirs`, a configuration of transformers.
 
-    Raises `ValueError` for an activation or an option that this library does not have.
+    `kind` is the name of the model class of transformers that it belongs to, such as "GPT2LMHeadModel". Raises
+    `ValueError` for an activation or an option that this library does not have.
     """
     pre_norm = theirs.model_type == "gpt2"
     names = _activation_names(pre_norm)
@@ -433,10 +437,11 @@ def _label_names(theirs: Any) -> tuple[str, ...]:
 
 
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
-    """Return the fields of `GPTConfig` for the head of transformers' class `kind`, whose configuration is `theirs`.
+    """Return the fields of `GPTConfig` for the head of a model of transformers, whose configuration is `theirs`.
 
-    The fields describe a classifier, such as `num_labels` and `classifier_dropout`. The result is empty for a class
-    without a classifier. Raises `ValueError` for an option that this library does not have.
+    `kind` is the name of the model's class, such as "GPT2ForSequenceClassification". The fields describe a classifier,
+    such as `num_labels` and `classifier_dropout`. The result is empty for a class without a classifier. Raises
+    `ValueError` for an option that this library does not have.
     """
     if kind in _CLASSIFIERS:
         return _classifier_from_hf(theirs)
@@ -512,10 +517,11 @@ _PROBLEMS = {
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
-    """Return transformers' configuration of the class named `kind` with the options of `config`.
+    """Return a configuration of transformers with the options of `config`.
 
-    It is a `GPT2Config` if `config.pre_norm`, else an `OpenAIGPTConfig`. `transformers` is the imported package. Raises
-    `ValueError`, which names all of them, if the class cannot hold options of `config`.
+    It is a `GPT2Config` if `config.pre_norm`, else an `OpenAIGPTConfig`. `kind` is the name of the model class of
+    transformers that it is for, such as "GPT2LMHeadModel". `transformers` is the imported package. Raises `ValueError`
+    if that class cannot hold some options of `config`; the message names all such options.
     """
     names = {ours: all_theirs[0] for ours, all_theirs in _activation_names(config.pre_norm).items()}
     classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES

@@ -223,7 +223,8 @@ def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
 def _tokens(theirs: Any, ours: Any) -> Tensor:
     """Return token ids [2, 4] from the whole vocabulary, without the padding token, for both models.
 
-    There are fewer columns if the models have fewer positions, and one row if transformers' class refuses a batch.
+    `theirs` is transformers' model and `ours` is this library's. There are fewer columns if the models have fewer
+    positions, and one row if transformers' class refuses a batch.
     """
     V, T, pad = ours.config.num_tokens, min(4, ours.config.seq_len), theirs.config.pad_token_id
     B = 1 if pad is None and "SequenceClassification" in type(theirs).__name__ else 2
@@ -238,7 +239,7 @@ def _call(theirs: Any, tokens: Tensor) -> Any:
 
 
 def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
-    """Return the outputs of the heads of transformers' model for tokens [B, T], as a list.
+    """Return the outputs of the heads of `theirs`, transformers' model, for tokens [B, T], as a list.
 
     A model with two heads gives the multiple-choice logits [1, B] and then the language model's logits [B, T, V]. A
     model for question answering gives the logits of start and end as one tensor [B, 2, T]. Any other model gives its
@@ -253,10 +254,11 @@ def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
 
 
 def _outputs_of_ours(ours: Any, tokens: Tensor) -> list[tuple[Tensor, Any]]:
-    """Return (output, layer) for each head of this library's model and tokens [B, T]; `layer` computes the output.
+    """Return (output, layer) for each head of `ours`, this library's model, and tokens [B, T].
 
-    The outputs are logits. A multiple-choice model has two heads: the classifier and then the output layer of the
-    language model, unless it lacks that layer. Any other model has one head.
+    `layer` is the module that computes the output, and the outputs are logits. A multiple-choice model has two heads:
+    the classifier and then the output layer of the language model, unless it lacks that layer. Any other model has one
+    head.
     """
     if type(ours).__name__ != "GPTForMultipleChoice":
         return [(ours(tokens).logits, getattr(ours, "classifier", None) or ours.output_layer)]
@@ -305,7 +307,7 @@ def _agree(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _difference(got: Tensor, expected: Tensor) -> str:
-    """Return the largest difference between two tensors and the largest finite expected value, as text for a message.
+    """Return the largest |got - expected| and the largest finite |expected|, as text for a message.
 
     An example is "0.01 at most, of 3.2".
     """

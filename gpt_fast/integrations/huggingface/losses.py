@@ -46,39 +46,43 @@ class Head(NamedTuple):
 
 
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2LMHeadModel`, with the arguments and the output of its own forward.
+    """Run `self`, a `GPT2LMHeadModel`, with the arguments and the output of the forward of its class.
 
-    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
-    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
+    The call may have an additional argument `logits`. False computes the loss from hidden states, and the logits when
+    code reads them. True runs the forward of the class. The default is False in training and True in evaluation. The
+    forward of the class also runs, whatever `logits` is, if the call has no labels or asks for a tuple.
     """
     return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTLMHeadModel`, with the arguments and the output of its own forward.
+    """Run `self`, an `OpenAIGPTLMHeadModel`, with the arguments and the output of the forward of its class.
 
-    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
-    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
+    The call may have an additional argument `logits`. False computes the loss from hidden states, and the logits when
+    code reads them. True runs the forward of the class. The default is False in training and True in evaluation. The
+    forward of the class also runs, whatever `logits` is, if the call has no labels or asks for a tuple.
     """
     return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2DoubleHeadsModel`, with the arguments and the output of its own forward.
+    """Run `self`, a `GPT2DoubleHeadsModel`, with the arguments and the output of the forward of its class.
 
-    It is a language model with a multiple-choice head. In training with labels the language model's loss comes from
-    hidden states, and its logits are computed when they are read. In other calls, for a tuple as result, or with the
-    additional argument `logits=True`, its own forward runs.
+    It is a language model with a multiple-choice head. The call may have an additional argument `logits`. False
+    computes the language model's loss from hidden states, and its logits when code reads them. True runs the forward of
+    the class. The default is False in training and True in evaluation. The forward of the class also runs, whatever
+    `logits` is, if the call has no labels or asks for a tuple.
     """
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTDoubleHeadsModel`, with the arguments and the output of its own forward.
+    """Run `self`, an `OpenAIGPTDoubleHeadsModel`, with the arguments and the output of the forward of its class.
 
-    It is a language model with a multiple-choice head. In training with labels the language model's loss comes from
-    hidden states, and its logits are computed when they are read. In other calls, for a tuple as result, or with the
-    additional argument `logits=True`, its own forward runs.
+    It is a language model with a multiple-choice head. The call may have an additional argument `logits`. False
+    computes the language model's loss from hidden states, and its logits when code reads them. True runs the forward of
+    the class. The default is False in training and True in evaluation. The forward of the class also runs, whatever
+    `logits` is, if the call has no labels or asks for a tuple.
     """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
@@ -109,13 +113,12 @@ def head_of(model: Any, heads: tuple[Head, ...] = HEADS) -> Head | None:
 def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head, with the loss computed from hidden states.
 
-    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The loss is the
-    mean over labels, or their sum divided by `num_items_in_batch` if that is given, and 0 if no label counts. The
-    logits in the output are computed when they are read; in a compiled graph there are none.
+    `self` is the model, `head` the `Head` of its class, and `args` and `kwargs` are the arguments of the call. The loss
+    is the mean over labels, or the sum divided by `num_items_in_batch` if that is given, and 0 if no label counts. The
+    logits in the output are computed when code reads them; in a compiled graph there are none.
 
-    The forward of the class runs instead without labels, with another loss function, in evaluation, with `logits=True`,
-    for a tuple as result, or if the output layer is not plain. `logits=False` asks for the loss from hidden states in
-    evaluation, too.
+    The forward of the class runs instead if the call has no labels, if the model has another loss function, or if
+    `_needs_logits` returns True. It does so, for example, in evaluation, unless the call has `logits=False`.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -143,10 +146,10 @@ def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head and a multiple-choice head.
 
-    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language
-    model's loss is computed from hidden states, and its logits when they are read. The output also has `mc_logits` and,
-    if `mc_labels` are given, `mc_loss`. The forward of the class runs instead without labels, in evaluation, with
-    `logits=True`, for a tuple as result, or if the output layer is not plain.
+    `self` is the model, `head` the `Head` of its class, and `args` and `kwargs` are the arguments of the call. The
+    language model's loss is computed from hidden states, and its logits when code reads them. The output also has
+    `mc_logits` and, if `mc_labels` are given, `mc_loss`. The forward of the class runs instead if `_needs_logits`
+    returns True. It does so, for example, in evaluation, unless the call has `logits=False`.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -164,19 +167,19 @@ def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 
 
 def has_another_loss(model: Any) -> bool:
-    """Return True if `model`, with one head, has a loss function other than transformers' `ForCausalLMLoss`."""
+    """Return True if `model` has a loss function other than transformers' `ForCausalLMLoss`."""
     if "_loss_function" in vars(model):  # set by hand
         return model.loss_function is not ForCausalLMLoss
     return getattr(model, "loss_type", None) not in (None, "ForCausalLM")  # transformers takes None for ForCausalLM
 
 
 def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> bool:
-    """Return True if this call is left to transformers, which computes the logits and the loss from them.
+    """Return True if a call of `model` is left to transformers, which computes the logits and the loss from them.
 
-    `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
-    False, or None, which means True in evaluation and False in training. A call is left to transformers, too, if it has
-    no labels or no input, or labels of another shape than the tokens. So is a call with a tuple as result, with
-    `logits_to_keep`, or with an output layer that is no plain `nn.Linear`.
+    `output` is the output layer, and `call` holds the arguments by name. `logits` is the argument `logits` of the call:
+    True, False, or None, which means True in evaluation and False in training. The result is True if `logits` is. It is
+    also True if the call has no labels, no input, or labels of another shape than the tokens. The same holds if the
+    call asks for a tuple or has `logits_to_keep`, and if `output` is no plain `nn.Linear`.
     """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")

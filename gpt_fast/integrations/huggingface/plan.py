@@ -21,10 +21,13 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
 
     A trunk, such as `GPT2Model`, gives the patches of itself, its blocks and their attention; a block by itself gives
     None. A model with a language-model head, such as `GPT2LMHeadModel`, gives one patch, whose forward computes the
-    loss. Any other model of GPT-2 or GPT-1 gives a patch without a forward. Any other model of OPT, BioGPT, GPT-Neo or
-    ImageGPT gives an empty list, and so does a trunk that is left alone. `name` is the path of `module` in the whole
-    model. `report` gets an entry for each module that is replaced or left alone. A `Patch` holds a module and its new
-    forward.
+    loss. Any other model of GPT-2 or GPT-1, such as a classifier, gives one patch without a forward. It only marks the
+    model as accelerated and, for GPT-1, enables gradient checkpointing. Any other model of OPT, BioGPT, GPT-Neo or
+    ImageGPT gives an empty list, because it needs no patch, and so does a trunk that is left alone. `accelerate` calls
+    this function for the trunk inside a model separately.
+
+    `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or left
+    alone. A `Patch` holds a module and its new forward.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -153,8 +156,8 @@ def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
 def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
     """Return why a call of `module` does not run the forward of the class `kind`, or None if it does.
 
-    A forward that `accelerate` set and a subclass that FSDP2 made are no reasons. `label`, such as "h.0.attn ", is put
-    in front of the reason.
+    A forward that `gpt_fast.accelerate` set and a subclass that FSDP2 made are no reasons. `label`, such as
+    "h.0.attn ", is put in front of the reason.
     """
     if not isinstance(module, kind):
         return f"{label}is a {type(module).__name__}, not {kind.__name__}"

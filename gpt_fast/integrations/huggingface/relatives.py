@@ -53,10 +53,11 @@ class Call(NamedTuple):
 def opt_layer_forward(
     self: Any, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a layer of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → [B, T, C].
+    """Run `self`, a layer of OPT or BioGPT, on `gpt_fast.ops`: `hidden_states` [B, T, C] → [B, T, C].
 
-    The arguments are those of transformers' forward, which runs instead, with a warning, if the ops do not support the
-    call. The cache, `past_key_values` if given and else `cache`, is extended in place.
+    The arguments are the same as in transformers' forward, which runs instead, with a warning, if the ops do not
+    support the call. `attention_mask` is transformers' mask of four dimensions, or None. The cache, `past_key_values`
+    if given and else `cache`, is extended in place.
     """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
@@ -71,10 +72,10 @@ def opt_layer_forward(
 
 
 def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kwargs: Any) -> Any:
-    """Run attention of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → (attention's output [B, T, C], None).
+    """Run `self`, attention of OPT or BioGPT, on `gpt_fast.ops`: hidden states [B, T, C] → (output [B, T, C], None).
 
-    The output is that after the output projection, and None takes the place of the attention probabilities.
-    `gpt_fast_call` is the `Call` of the layer around it. Without one the forward of the class runs.
+    The output projection is included, and None takes the place of the attention probabilities. `gpt_fast_call` is the
+    `Call` (masks, cache, seed) that the layer around the attention passes. Without one the forward of the class runs.
     """
     if gpt_fast_call is None:
         return _plain.original(self, *args, **kwargs)
@@ -84,11 +85,11 @@ def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kw
 def gpt_neo_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a block of GPT-Neo on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
+    """Run `self`, a block of GPT-Neo, on `gpt_fast.ops`: `hidden_states` [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values, which is extended in place. A call that the ops do not support runs transformers' own forward, with
-    a warning.
+    keys and values, which is extended in place. `attention_mask` is transformers' mask of four dimensions, or None. A
+    call that the ops do not support runs transformers' own forward, with a warning.
     """
     attn = self.attn.attention
     reason, masks = _masks_of(self, attn, hidden_states, attention_mask, layer_past)
@@ -103,11 +104,12 @@ def gpt_neo_block_forward(
 def imagegpt_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a block of ImageGPT on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
+    """Run `self`, a block of ImageGPT, on `gpt_fast.ops`: `hidden_states` [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
-    keys and values, which is extended in place. A call that the ops do not support, such as one with an encoder's
-    states, runs transformers' own forward, with a warning.
+    keys and values, which is extended in place. `attention_mask` is transformers' mask of four dimensions, or None. A
+    call that the ops do not support, such as one with an encoder's states, runs transformers' own forward, with a
+    warning.
     """
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
@@ -121,28 +123,31 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OPTForCausalLM`, with the arguments and the output of its own forward.
+    """Run `self`, an `OPTForCausalLM`, with the arguments and the output of the forward of its class.
 
-    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
-    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
+    The call may have an additional argument `logits`. False computes the loss from hidden states, and the logits when
+    code reads them. True runs the forward of the class. The default is False in training and True in evaluation. The
+    forward of the class also runs, whatever `logits` is, if the call has no labels or asks for a tuple.
     """
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `BioGptForCausalLM`, with the arguments and the output of its own forward.
+    """Run `self`, a `BioGptForCausalLM`, with the arguments and the output of the forward of its class.
 
-    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
-    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
+    The call may have an additional argument `logits`. False computes the loss from hidden states, and the logits when
+    code reads them. True runs the forward of the class. The default is False in training and True in evaluation. The
+    forward of the class also runs, whatever `logits` is, if the call has no labels or asks for a tuple.
     """
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPTNeoForCausalLM`, with the arguments and the output of its own forward.
+    """Run `self`, a `GPTNeoForCausalLM`, with the arguments and the output of the forward of its class.
 
-    In training with labels its loss is computed from hidden states, and the logits when they are read. In other calls,
-    for a tuple as result, or with the additional argument `logits=True`, its own forward runs.
+    The call may have an additional argument `logits`. False computes the loss from hidden states, and the logits when
+    code reads them. True runs the forward of the class. The default is False in training and True in evaluation. The
+    forward of the class also runs, whatever `logits` is, if the call has no labels or asks for a tuple.
     """
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
@@ -156,7 +161,7 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C].
+    """Run `self`, an `nn.LayerNorm`, on `ops.layer_norm`: x [..., C] → [..., C].
 
     A call with anything but x as its one positional argument runs the forward of the class.
     """
@@ -169,9 +174,10 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`.
+    """Return the output [B, T, C] of `self`, a layer of OPT or BioGPT, for x [B, T, C].
 
-    The residual additions are included. The cache gets the new keys and values.
+    `call` holds the masks, the cache and the dropout seed. The residual additions are included. The cache gets the new
+    keys and values.
     """
     p = self.dropout if self.training else 0.0
     shape = x.shape
@@ -189,7 +195,7 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
-    """Return attention's output [B, T, C] after its output projection, in OPT or BioGPT, for x [B, T, C].
+    """Return the output [B, T, C] of `attn`, attention of OPT or BioGPT, after its output projection, for x [B, T, C].
 
     `call` holds the masks, the cache and the dropout seed. The cache gets the new keys and values. The dropout of the
     output is left to the caller.
@@ -214,10 +220,10 @@ def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`.
+    """Return the output [B, T, C] of `self`, a block of GPT-Neo, for x [B, T, C].
 
-    The residual additions are included. The cache gets the new keys and values. A block of type "local" attends to the
-    last `window_size` keys.
+    `call` holds the masks, the cache and the dropout seed. The residual additions are included. The cache gets the new
+    keys and values. A block of type "local" attends to the last `window_size` keys.
     """
     attn = self.attn.attention
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
@@ -240,10 +246,10 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C] and the masks, cache and seed in `call`.
+    """Return the output [B, T, C] of `self`, a block of ImageGPT, for x [B, T, C].
 
-    The residual additions are included. The cache gets the new keys and values. The norms are called, because they
-    divide by the root mean square, for which there is no op.
+    `call` holds the masks, the cache and the dropout seed. The residual additions are included. The cache gets the new
+    keys and values. The norms are called, because they divide by the root mean square, for which there is no op.
     """
     attn = self.attn
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
@@ -261,10 +267,11 @@ def _attend(
 ) -> Tensor:
     """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`.
 
-    The output projection is left to the caller. `projections` are the layers of queries, keys and values, or one layer
-    for all three. `call` holds the masks, the cache and the dropout seed; the cache gets the new keys and values.
-    `scale` multiplies the scores, `p` is the dropout probability of the probabilities, and `window` is the number of
-    keys up to its own that a query sees, or None for all.
+    `attn` is the attention module. Its output projection is left to the caller. `projections` are the layers of
+    queries, keys and values, or one layer for all three. `call` holds the masks, the cache and the dropout seed; the
+    cache gets the new keys and values. `scale` multiplies the scores, and `p` is the dropout probability of the
+    attention probabilities. A query attends only to the last `window` keys up to and including the key at the query's
+    position. None sets no such limit.
     """
     if len(projections) == 1:
         qkv = blocks.project(projections[0], x).unflatten(2, (3, attn.num_heads, -1))
@@ -281,9 +288,10 @@ def _attend(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is an `nn.Linear` without hooks.
+    """Return layer(x) for x [B, T, C], either by `ops.linear` or by a call of `layer`.
 
-    The layer is called, too, if x has fewer than 32 rows B T outside of a compiled graph.
+    `ops.linear` computes it if `layer` is an `nn.Linear` without hooks, and x has at least 32 rows B T or a graph is
+    being compiled. In all other cases `layer` is called.
     """
     return layer(x) if blocks.has_few_rows(x) else _plain.linear(layer, x)
 
@@ -410,7 +418,11 @@ def _why_called(attn: Any, *around: Any) -> str | None:
 
 
 def _as_transformers_has_it(block: Any, reason: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Return the result of the block's own forward for this call. Warn of the `reason`, except in a compiled graph."""
+    """Return the result of the block's own forward for this call.
+
+    Warn that the call runs this way because of `reason`, except in a compiled graph. `reason` is a text: the callers
+    never pass None. `args` and `kwargs` are the arguments of the call.
+    """
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"gpt_fast: {type(block).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3
@@ -469,11 +481,12 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
     """Return the patches of a trunk (a model without its head), its blocks and its last norm.
 
-    A `Patch` holds a module and its new forward. The patch of the trunk has no forward and only marks the trunk as
-    seen. A block that does not fit gets no patch, and `report.left` gets its path, class and reason. `name` is the path
-    of `trunk` in the whole model, and `family` holds the model's classes and its new forward. `report` gets an entry
-    for each module. `why_foreign(module, kind, label="")` returns why a call of the module does not run the forward of
-    the class `kind`, or None if it does.
+    A `Patch` holds a module and its new forward. The patch of the trunk has no forward, so the trunk keeps the forward
+    of its class. This patch marks the trunk as accelerated, and a second call of `accelerate` skips the trunk. A block
+    that does not fit gets no patch, and `report.left` gets its path, class and reason. `name` is the path of `trunk` in
+    the whole model. `family` holds classes and attribute names of the trunk, and the new forward of its blocks.
+    `report` gets an entry for each module. `why_foreign(module, kind, label="")` returns why a call of the module does
+    not run the forward of the class `kind`, or None if it does.
     """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen

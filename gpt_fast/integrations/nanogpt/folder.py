@@ -110,7 +110,7 @@ def _check_new(out: Path) -> None:
 
 
 def _first_bytes(source: Path) -> bytes:
-    """Return the first 8 bytes of a file; raise `ValueError` if neither `torch.save` nor llm.c wrote it."""
+    """Return the first 8 bytes of the file `source`; raise `ValueError` if neither `torch.save` nor llm.c wrote it."""
     with source.open("rb") as file:
         head = file.read(8)
     if llmc.magic(head) is None and not head.startswith(_ZIP):
@@ -120,11 +120,13 @@ def _first_bytes(source: Path) -> bytes:
 
 
 def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: str | None) -> Any:
-    """Return nanoGPT's `model_args` of a checkpoint; for a bare state dict, those that its shapes and `heads` imply.
+    """Return the `model_args` of the checkpoint `loaded`, or make them for a bare state dict by its shapes and `heads`.
 
-    `heads` is the number of attention heads. Raises `ValueError` if `heads` is given although there are `model_args`,
-    or if a bare state dict comes without `heads` or without `activation`. It also does so if `model_args` lack "bias"
-    or "dropout", as old ones do, and `activation` is None.
+    `heads` is the number of attention heads, or None. `activation` is this library's name of an activation, such as
+    "gelu", or None. It does not enter the result: this function only checks that it is given where the file implies
+    none. Raises `ValueError` if `heads` is given although there are `model_args`, or if a bare state dict comes without
+    `heads` or without `activation`. Raises it, too, if `model_args` lack "bias" or "dropout", as old ones do, and
+    `activation` is None.
     """
     args = loaded.model_args
     if args is not None:
@@ -192,11 +194,11 @@ def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
 
 
 def _progress(source: Path) -> dict[str, Any]:
-    """Return the entries "iter_num" (step) and "best_val_loss" of the model folder `source`, as far as they are known.
+    """Return entries of nanoGPT's checkpoint that tell how far the model in the folder `source` was trained.
 
-    A folder that was made from a checkpoint has them in nanogpt.json, with "config" (settings) if the checkpoint had
-    it. Otherwise they come from "steps" and "valid_loss" in run.json of the run that trained the model. The result is
-    empty without both files.
+    If the folder was made from a checkpoint, its nanogpt.json holds "iter_num" (step), "best_val_loss" and "config"
+    (settings). The result has the entries that are there. Otherwise "iter_num" and "best_val_loss" are "steps" and
+    "valid_loss" in run.json of the run that trained the model. The result is empty without either file.
     """
     if (source / PROGRESS).is_file():
         return checkpoint.progress_of(source / PROGRESS, read_object(source / PROGRESS))

@@ -212,9 +212,10 @@ def _check_expressible(config: GPTConfig, tied: bool) -> None:
 def _checked_state(state_dict: Any) -> dict[str, Tensor]:
     """Return the detached tensors of a state dict by name, without prefixes of wrappers and without causal masks.
 
-    The prefixes are "module." and "_orig_mod.". The tensors may come from any file. Raises `ValueError` if `state_dict`
-    is no mapping or has a key that is no string. Raises it for a tensor that is not dense, is larger than its storage,
-    is there twice, or is not float32, bfloat16 or float16. Raises it for a mask "attn.bias" that is not causal.
+    The prefixes are "module." and "_orig_mod.". The tensors may come from any file. Two names may share one tensor, as
+    tied weights do. Raises `ValueError` if `state_dict` is no mapping, has a key that is no string, or has two keys
+    that are equal without their prefixes. Raises it for a tensor that is not dense, is larger than its storage, or is
+    not float32, bfloat16 or float16. Raises it for a mask "attn.bias" that is not causal.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{USER}: state_dict is {described(state_dict)}; expected names and tensors")
@@ -239,7 +240,7 @@ def _checked_state(state_dict: Any) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return True for a dense `Tensor` or `nn.Parameter` with values: not sparse, nested or on the meta device."""
+    """Return True if `tensor` is a dense `Tensor` or `nn.Parameter` with values: not sparse, nested or on "meta"."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
         return False
     return tensor.layout == torch.strided and not tensor.is_meta

@@ -31,10 +31,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the peak rate of one device for matrix products in `dtype`, in FLOP/s.
 
     For 16 bits on an A100, H100 or H200 it is the published rate, else a measured one. The measured rate is the best of
-    products of 256³, 512³ and 1024³ in `dtype`, each size five times. Larger sizes are skipped if a product would take
-    longer than half a second, as in 16 bits on a CPU without instructions for them. Measuring draws random numbers from
-    torch's generator of the device. On busy cores a small product waits far longer than it multiplies, so each size
-    decides only about the next.
+    products of square matrices with 256, 512 and 1024 rows in `dtype`, each size five times. Measuring ends before a
+    size whose product, at the best rate so far, would take longer than half a second. This happens in 16 bits on a CPU
+    without instructions for them. Measuring draws random numbers from torch's generator of the device.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)

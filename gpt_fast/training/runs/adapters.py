@@ -77,8 +77,9 @@ class Adapter:
     def save(self, model: Head, folder: Path) -> None:
         """Write the adapter into `folder` in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-        The folder is made if it is missing. `model` is not read: the adapter is that of the model that `attach` got,
-        with its current weights and the trained output layer of a task.
+        The folder is made if it is missing. The file holds the current weights of the adapter that `attach` inserted,
+        and the trained output layer of a task. `model` is ignored. The parameter exists because the training loop calls
+        this method with the arguments of `Head.save_pretrained`.
         """
         import peft
 

@@ -206,7 +206,7 @@ def _without(error: Exception, path: Path) -> str:
 
 
 def _sums(path: Path) -> dict[str, list[Any]]:
-    """Return {name: [size in bytes, SHA-256]} of each file in a checkpoint folder, except checkpoint.json."""
+    """Return {name: [size in bytes, SHA-256]} of each file in the checkpoint folder `path`, except checkpoint.json."""
     files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor(8) as pool:
         return {

@@ -20,9 +20,10 @@ def examine_run(folder: Path) -> dict[str, Any]:
     "damaged". "leftovers" lists the paths of hidden folders that dead runs left in and beside the folder. "problems" is
     a list with a line for each.
 
-    Checkpoints are compared with their manifests. The final weights are compared with the size and SHA-256 in run.json
-    and then loaded, if the run is finished or has no checkpoint. A damaged or missing file is a problem, not an error.
-    Raise `FileNotFoundError` if there is no such folder.
+    Checkpoints are compared with their manifests. If the run is finished or has no checkpoint, the model and the
+    tokenizer in the folder are loaded too. Before that, the weights are compared with the size and SHA-256 in run.json,
+    if they are stated there. A damaged or missing file is a problem, not an error. Raise `FileNotFoundError` if there
+    is no such folder.
     """
     problems: list[str] = []
     good, states = [], {}

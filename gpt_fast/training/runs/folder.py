@@ -412,12 +412,12 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """Give the special tokens that the configuration of `model` lacks their ids in `tokenizer`. Return `model`.
+    """Add the special tokens that the configuration of `model` lacks, with their ids in `tokenizer`. Return `model`.
 
-    The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. If the
-    tokenizer then has more tokens than the model, the embeddings get rows for them, and so does an output layer that is
-    not tied. These rows begin near the mean of all other rows: rows near 0 would be likelier than most tokens where a
-    model's logits are all far below 0.
+    The model is changed in place. A model that `gpt-fast convert` made from a model of another library may lack special
+    tokens. If ids are added and the tokenizer has more tokens than the model, the embeddings get rows for the missing
+    tokens, and so does an output layer that is not tied. These rows begin near the mean of all other rows. Rows near 0
+    would make the new tokens likelier than most others in a model whose logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}

@@ -80,8 +80,7 @@ def finetuning_lr(source: Path) -> float:
 def complete(settings: S, recipe: Recipe) -> S:
     """Return a copy of `settings` in which values of `recipe` replace those that are None.
 
-    These are the fields lr, beta1, beta2, weight_decay and final_lr. All settings count as given by the user in the
-    copy.
+    This is done for the fields of a recipe: lr, beta1, beta2, weight_decay and final_lr.
     """
     values = dataclasses.asdict(recipe)
     return settings.changed(**{name: value for name, value in values.items() if getattr(settings, name) is None})
