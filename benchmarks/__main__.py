@@ -57,9 +57,10 @@ def bench(
     products), are measured in the same run.
 
     Writes one JSON file for each op, job or study, a page with tables, and plots. Ctrl-C keeps what was measured,
-    marked partial, and ends with exit code 130; --resume continues. --busy measures beside a busy process, into files
-    of its own, which the page shows beside the quiet figures. --cpu-time sets PyTorch to one thread. --busy and
-    --cpu-time need a CPU and exclude each other. --compare only prints the times that changed between two results.
+    marked partial, and ends with exit code 130; --resume continues. --busy measures while another process keeps a core
+    busy, to show how much that slows each implementation. Its results go into separate files, and the page compares
+    them with the results without --busy. --cpu-time sets PyTorch to one thread. --busy and --cpu-time need a CPU and
+    exclude each other. --compare only prints the times that changed between two results.
 
     [bold]Example[/bold]
 

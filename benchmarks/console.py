@@ -13,11 +13,11 @@ out_console = Console(highlight=False)
 def print_table(
     header: list[str], rows: list[list[str]], colors: list[str | None] | None = None, title: str | None = None
 ) -> None:  # fmt: skip
-    """Print a table on stdout, its first column aligned left, all others right.
+    """Print a table on stdout. The first column is aligned left, all others right.
 
     `header` has the columns' names, and `rows` the cells as text. `colors` has a colour for each row, such as "red", or
     None for a row without one. `title` stands above the table. On a terminal, long cells are wrapped to fit its width.
-    Otherwise the table may have up to 1,000 columns, so that its rows stay on one line.
+    Otherwise a row stays on one line of at most 1,000 characters.
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):

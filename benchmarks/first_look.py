@@ -222,9 +222,9 @@ def look_at(look: Look, device: str) -> dict[str, Any]:
     `look` is the call. It runs on `device`, "cpu" or "cuda". "case" is the name of the call's options. "outcome" is
     "pass" or "fail", and "seconds" is the time of the whole check. The reason is one of three:
 
-    - If the results were compared, "share" is the largest error relative to its bound, and "of" names its result.
-      The call passes if the share is at most 1; NaN fails.
-    - If an assertion failed, "of" alone is its message.
+    - If the results were compared, "share" is the largest error relative to its bound, and "of" is the name of the
+      result with this error. The call passes if the share is at most 1; NaN fails.
+    - If an assertion failed, there is no "share", and "of" is the assertion's message.
     - If the call raised another error of FAULTS, "error" is its type and the first line of its message.
       Errors that are not in FAULTS are raised.
     """

@@ -36,10 +36,11 @@ VARIANTS = {
 def train(data: LMData, phases: list[tuple[float, int]], seed: int, tokens: int) -> tuple[float, float, int]:
     """Train one model. Return (held-out loss, seconds spent in updates, number of updates).
 
-    `data` has the tokens to train on and held-out ones. `phases` are (share of all tokens at which the phase ends,
-    windows of SEQ_LEN tokens in an update). `tokens` is the number of tokens to train on; the last update of a phase
-    may exceed it. `seed` sets the weights and the order of the windows. The model is a GPT-2 of 4 layers without
-    dropout. The loss is the mean over at most 512 windows.
+    `data` has the tokens to train on and held-out ones. `tokens` is the number of tokens to train on in all phases
+    together. Each of `phases` is (share of `tokens` at which the phase ends, number of windows in each of its updates).
+    A window has SEQ_LEN tokens. The last update of a phase is a full one, even if it passes the end of the phase.
+    `seed` sets the weights and the order of the windows. The model is a GPT-2 of 4 layers without dropout. The loss is
+    the mean over at most 512 windows.
     """
     torch.manual_seed(seed)
     config = GPTConfig.preset(

@@ -231,9 +231,9 @@ def parity(
     """Train a GPT-2 and compare each step with plain PyTorch: logits, loss and the gradient of every parameter.
 
     The plain model in float64 gives the true values. The yardstick is the plain model in the same dtype as gpt_fast.
-    Two errors are limited: the largest one to 2 times the yardstick's, and the root mean square to 1.25 times. Both
-    limits are raised a little for rounding in float32. The loss is a single number; its limit is the root mean square
-    one, taken over the losses of the tokens.
+    For the logits and each gradient, gpt_fast's largest error may be 2 times the yardstick's largest error, and its
+    root mean square error 1.25 times the yardstick's. The error of the mean loss may be 1.25 times the root mean square
+    error of the yardstick's losses for single tokens. Each limit is raised a little for rounding in float32.
 
     The command prints a table with a row for each step, with errors as shares of their limits. It fails with exit code
     1 if a share is above 1 or NaN, or if the last loss of several is not below the first.

@@ -59,8 +59,9 @@ def choice() -> Choice | None:
     """Choose the build of the C++ extension for this CPU, without loading it.
 
     The instruction set in `GPT_FAST_ISA` comes first, if the variable is set and not empty. Next is a build from
-    source. Otherwise it is the best build of the wheel whose instructions this CPU has. The smallest one is chosen if
-    the CPU lacks even its instructions, or if /proc/cpuinfo does not list them.
+    source. Otherwise it is the best build of the wheel whose instructions this CPU has. If the CPU can run none,
+    or /proc/cpuinfo lists no instruction sets, it is the build that needs the fewest. `load` raises `ImportError` for a
+    build whose instructions the CPU is known to lack.
 
     Returns:
         The `Choice` (instruction set, record of the build as a dict, reason as text), or None if no build is there.

@@ -37,9 +37,10 @@ def _bound(module: nn.Module, function: Callable) -> Callable:
 
 
 def attach(module: nn.Module, function: Callable | None) -> None:
-    """Mark `module` as accelerated and, unless `function` is None, make its calls run function(module, ...).
+    """Mark `module` as changed by `gpt_fast.accelerate` and, unless `function` is None, replace its forward.
 
-    For this the instance attribute `forward` is set. The module's class does not change. `detach` undoes it.
+    The instance attribute `forward` is set so that a call runs function(module, ...). The mark makes a second
+    `accelerate` skip the module, and lets `restore` find it. `detach` removes the mark and the forward.
     """
     vars(module)[_MARK] = function is not None
     if function is not None:
@@ -111,8 +112,8 @@ def why_not_plain(module: Any, kind: Any) -> str | None:
     """Return why the parameters of `module` may not be read directly, such as "has hooks", or None if they may.
 
     They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
-    foreign tensor class. Hooks of forward and backward count, also if registered for all modules. A forward that
-    `attach` set does not count, unless something wraps it.
+    tensor class from outside PyTorch, such as a quantised one. Hooks of forward and backward count, also if registered
+    for all modules. A forward that `attach` set does not count, unless something wraps it.
     """
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -130,8 +131,8 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None))
 def why_own_weight(module: Any) -> str | None:
     """Return why the parameter "weight" of `module` may not be read directly, or None if it may or if there is none.
 
-    It may not if its tensor class is neither `nn.Parameter` nor another one of PyTorch's, as in a quantised layer.
-    Classes of torch.ao, PyTorch's quantisation, count as foreign.
+    It may not if it is a tensor subclass from outside PyTorch, as in a quantised layer. Classes of torch.ao, PyTorch's
+    quantisation, count as outside.
     """
     kind = type(module._parameters.get("weight"))
     if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
@@ -142,9 +143,9 @@ def why_own_weight(module: Any) -> str | None:
 def is_plain(module: Any, kind: Any) -> bool:
     """Return True if the parameters of `module` may be read directly instead of calling it.
 
-    They may if the module has exactly the class `kind`, no hooks, no forward set on the instance, and no weight of a
-    foreign tensor class. Hooks of forward and backward count, also if registered for all modules. A forward that
-    `attach` set does not count, unless something wraps it. The usual case takes half a microsecond.
+    They may if the module has exactly the class `kind`, no hooks, no forward set on the instance except by `attach`,
+    and no weight of a tensor class from outside PyTorch, such as a quantised one (see `why_not_plain`). The usual case
+    takes half a microsecond.
     """
     if (
         type(module) is kind
@@ -160,10 +161,10 @@ def is_plain(module: Any, kind: Any) -> bool:
 
 
 def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | None:
-    """Return why `ops.layer_norm` cannot compute `module`, or None if it is a plain LayerNorm of the last dimension.
+    """Return why `ops.layer_norm` cannot compute `module`, such as "has hooks", or None if it can.
 
-    A plain module has exactly the class `kind`, no hooks, and no forward or weight of its own. An eps of 0 or less, or
-    more than one dimension, is a reason too.
+    It can if the module is a plain LayerNorm of the class `kind` (see `why_not_plain`), normalises over the last
+    dimension only, and has an eps above 0.
     """
     reason = None if is_plain(module, kind) else why_not_plain(module, kind)
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
@@ -174,8 +175,8 @@ def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | N
 def why_no_table(module: Any) -> str | None:
     """Return why a look-up of rows in its weight cannot replace `module`, such as "has hooks", or None if it can.
 
-    It can if it is exactly an `nn.Embedding`, without hooks, a forward of its own or a weight of a foreign class. The
-    options `padding_idx`, `max_norm`, `scale_grad_by_freq` and `sparse` have to be off.
+    It can if the module is a plain `nn.Embedding` (see `why_not_plain`), and its options `padding_idx`, `max_norm`,
+    `scale_grad_by_freq` and `sparse` are off.
     """
     reason = None if is_plain(module, nn.Embedding) else why_not_plain(module, nn.Embedding)
     if reason is not None:

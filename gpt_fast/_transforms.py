@@ -31,10 +31,10 @@ def constant_in_graphs(function: _Function) -> _Function:
 def apply(function: Any, *args: Any) -> Any:
     """Return `function.apply(*args)` of an `autograd.Function`, also inside a transform of `torch.func`.
 
-    Inside a transform, `_Transformed` wraps the function. Outside, `function.forward` runs alone if autograd does not
-    record the call, with a context in which no input needs a gradient. In the context that `function.apply` passes,
-    PyTorch sets `needs_input_grad` to True for a parameter even under `torch.no_grad()`. A forward pass would then do
-    work for a backward pass that cannot come. The direct call also takes 4 µs less.
+    Inside a transform, `_Transformed` wraps the function. Outside, `function.apply` runs only if autograd can record
+    the call. Otherwise `function.forward` runs alone, with a context in which no input needs a gradient. The context of
+    `function.apply` has `needs_input_grad` True for a parameter even under `torch.no_grad()`. The forward pass would
+    then do work for a backward pass that cannot come. The direct call also takes 4 µs less.
     """
     if not is_transformed():
         if torch.is_grad_enabled() if torch.compiler.is_compiling() else _is_recorded(args):
@@ -151,13 +151,13 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Run `self.function.forward` on `args` with this record as `ctx`. Return its outputs, then saved tensors.
+        """Run `self.function.forward` on `args` with this record as `ctx`. Return its outputs, then the extra tensors.
 
-        `setup_context` of `_Transformed` may save only inputs and outputs. So each tensor that the function saves, and
-        that is neither an input nor an output, is returned behind the outputs. `self.count` is set to the number of
-        outputs without these tensors, and `self.returns_tuple` to True if the function returned a tuple. `self.places`
-        gets an entry for each saved tensor: its index in (record, *args, *returned), or None if the function saved
-        None. `returned` is the whole tuple that this method returns.
+        Extra tensors are all tensors that the function saves and that are neither input nor output. `setup_context` of
+        `_Transformed` can save a tensor only if it is an input or is returned. `self.count` is set to the number of the
+        function's outputs, and `self.returns_tuple` to True if the function returned a tuple. `self.places` gets an
+        entry for each saved tensor: its index, or None if the function saved None. The index counts first the inputs of
+        `_Transformed`, which are this record and `args`, then the tensors that this method returns.
         """
         outputs = self.function.forward(self, *args)
         self.returns_tuple = isinstance(outputs, tuple)

@@ -114,7 +114,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Return self-attention within each sequence.
 
-        Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
+        A token attends to another only if `causal` and all given masks allow it. The masks have the same dtypes as in
+        `gpt_fast.ops.attention_qkv`.
 
         Args:
             x: Input [B, T, C].
@@ -221,7 +222,7 @@ class MLP(nn.Sequential):
 
         The MLP must have four children: a linear layer, the configured activation, a dropout with p < 1, and a linear
         layer. Each child must have exactly the class that the constructor chose for it. No child may have hooks, a
-        forward set on the instance, or a weight of a foreign tensor class.
+        forward set on the instance, or a weight of a tensor class from outside PyTorch.
         """
         children: list[Any] = list(self)
         if len(children) != 4:

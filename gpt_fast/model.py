@@ -74,7 +74,7 @@ class _Trunk(nn.Module):
 
         Args:
             tokens: Token ids [B, T], int64.
-            causal: Let a token attend only to tokens up to its own position.
+            causal: Let a token attend only to tokens up to its own position. The masks below apply as well.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token. Positions then count the real tokens, so a left-padded row
                 has the same hidden states as without padding.
@@ -92,7 +92,7 @@ class _Trunk(nn.Module):
         Raises:
             ValueError: Tokens are not [B, T], are longer than seq_len (packed: each sequence), or lie outside the
                 vocabulary, or more than one of lengths, key_mask and cu_seqlens is given. Values inside tensors (ids,
-                lengths, bounds) are checked on the CPU, and elsewhere after `gpt_fast.check_values()`.
+                lengths, bounds) are checked on the CPU only, unless `gpt_fast.check_values()` was called before.
         """
         config = self.config
         name = type(self).__name__
@@ -473,9 +473,9 @@ def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
     """Return why one of these modules, by name, is not plain, such as "decoders.0.ff.0 has hooks", or None if all are.
 
     A plain module has exactly one of the classes in `_KINDS` and no hooks. Nothing but `_plain.attach` has replaced
-    `forward` on the instance, and its weight is no tensor of a foreign class, such as a quantised one. `_KINDS` are
-    this library's GPT, GPTModel and layers, ModuleList, Linear, Embedding, Dropout and the activations. The first
-    module that is not plain is named; "the model" stands for the empty name.
+    `forward` on the instance, and its weight has no tensor class from outside PyTorch, such as a quantised one.
+    `_KINDS` are this library's GPT, GPTModel and layers, ModuleList, Linear, Embedding, Dropout and the activations.
+    The first module that is not plain is named; "the model" stands for the empty name.
     """
     for name, module in modules.items():
         kind = _kind_of(module)
@@ -611,8 +611,8 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
         padding, unless a graph is being recorded.
 
     Raises:
-        ValueError: Both are given, or `attention_mask` is floating or has another shape than `tokens`. On the CPU,
-            elsewhere after `gpt_fast.check_values()`, also if it holds something other than zeros and ones.
+        ValueError: Both are given, or `attention_mask` is floating, has another shape than `tokens`, or holds values
+            besides 0 and 1. Values are checked on the CPU only, unless `gpt_fast.check_values()` was called before.
     """
     if attention_mask is None:
         return key_mask

@@ -130,8 +130,8 @@ def load(
     """Return a new model of class `head_class`, on the CPU in training mode, with the weights in `directory`.
 
     `overrides` are fields of `GPTConfig` that replace those in the folder. `tensors`, by name, take the place of the
-    weights in the folder if given. If another class saved the folder, layers outside of the trunk that it lacks get
-    random weights, and tensors outside of the trunk that `head_class` lacks are left out.
+    weights in the folder if given. If another class saved the folder, only the trunk has to match. Other layers of
+    `head_class` for which there are no saved tensors get random weights, and other tensors are ignored.
 
     Raises:
         FileNotFoundError: A file is missing.

@@ -92,14 +92,13 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
-    """Return bool [*b.shape, M, N], True where element (i, j) of a matrix [M, N] is kept, for attention and mlp.
+    """Return bool [*b.shape, M, N], True where dropout of attention or mlp keeps element (i, j) of a matrix [M, N].
 
     `b` holds the number of each matrix, int64: row · H + head in attention, 0 in mlp. `seed` and `site`, the number of
     the dropout within a forward pass, choose the mask, and `p` is the dropout probability.
 
-    This is `dropout_keep_at` for all elements, evaluated once per counter. With i = 16 I + 8 i3 + g and j = 16 J + 8 j3
-    + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site). Philox gives four random words for it. The element uses half
-    j0, 0 for the low one, of word 2 i3 + j3.
+    The mask is `dropout_keep_at`, which states the rule, for all elements. Here philox runs once for every eight
+    elements that share a counter, not once for each element.
     """
     I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
     c0 = torch.arange(4 * J, device=seed.device)
@@ -201,11 +200,11 @@ def attention_allowed(
 ) -> Tensor:
     """Return bool, broadcastable to [B, H, T, S], True where query i may attend to key j. All conditions hold at once.
 
-    q is [B, H, T, D] and k is [B, H, S, D]. With `causal` the last query is at the position of the last key, and no
-    query attends to later keys. `lengths` [B] is the number of keys of each row, and `key_mask` [B, S] and `mask`
-    (broadcastable) are True where attention is allowed. A query sees the `window` keys up to its own and, if not
-    causal, as many from its own on. `cu_seqlens` [n + 1] bounds packed sequences: a token sees its own sequence only,
-    and tokens after the last one see nothing.
+    q is [B, H, T, D] and k is [B, H, S, D]. i counts from S - T, so the last query is at the position of the last key.
+    With `causal`, j <= i. With `window`, i - window < j and, if not causal, j < i + window. `lengths` [B] is the number
+    of keys of each row, and `key_mask` [B, S] and `mask` (broadcastable) are True where attention is allowed.
+    `cu_seqlens` [n + 1] bounds packed sequences: a token attends only within the sequence that it is in, and tokens
+    after the last sequence attend to nothing.
     """
     T, S = q.shape[-2], k.shape[-2]
     i = torch.arange(S - T, S, device=q.device)[:, None]

@@ -163,7 +163,7 @@ def score(
 def sliding(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Return the windows over a row of `length` tokens, in order, as (begin, first, end).
 
-    The model reads tokens begin to end - 1, at most `seq_len` of them, and scores tokens first to end - 1. `begin` is
+    A window has tokens begin to end - 1, at most `seq_len` of them, and tokens first to end - 1 are scored. `begin` is
     0, `stride`, 2 `stride` and so on, until a window reaches the end of the row. `first` is the `end` of the window
     before, or 0 in the first window. Each token is in the scored part of exactly one window, if `stride` is at most
     `seq_len`. A row without tokens has no window.
@@ -192,10 +192,10 @@ def score_windows(
     `most_probable` where that token is the most probable one. A row holds token ids [T]. The entry of `targets` for a
     row, [T] as well, holds the token to be scored at each position, or -100 for none.
 
-    Each of `windows` is a `Window` (row, begin, first, end). In it `model` reads tokens begin to end - 1 of `rows[row]`
-    and scores tokens first to end - 1. A causal model cannot score token `begin`, which nothing precedes, and does not
-    read the last token. Windows of like lengths share a forward pass, `batch_size` of them. The model is in evaluation
-    mode meanwhile.
+    Each of `windows` is a `Window` (row, begin, first, end). It has tokens begin to end - 1 of `rows[row]`, and tokens
+    first to end - 1 are scored. A `GPTForMaskedLM` reads the whole window. A causal model reads all but token end - 1,
+    and cannot score token `begin`, which nothing precedes. `batch_size` windows of like lengths share a forward pass.
+    The model is in evaluation mode meanwhile.
     """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
@@ -238,14 +238,18 @@ def score_continuations(
 
     `log_prob` is the sum of the log-probabilities of the continuation's tokens after the context, and `is_greedy` is
     True if each of them is the most probable one. If both together have more than seq_len + 1 tokens, the context loses
-    its first ones. `batch_size` pairs share a forward pass. `model` has to be causal: a `GPTForMaskedLM` is not
-    refused, but reads the tokens that it scores.
+    its first ones. `batch_size` pairs share a forward pass.
 
     Raises:
         ValueError: A context or continuation is empty, a continuation has more than seq_len tokens, an id lies outside
-            the vocabulary, or `model` has no output layer for a language model.
+            the vocabulary, or `model` is no causal language model.
     """
     model = unwrapped(model, "score")
+    if isinstance(model, GPTForMaskedLM):
+        raise ValueError(
+            "gpt_fast.score: model is a GPTForMaskedLM, which reads the tokens that follow; expected a "
+            "causal language model to score continuations"
+        )
     config = _trunk(model).config
     rows, windows = [], []
     for index, (context, continuation) in enumerate(pairs):

@@ -104,10 +104,10 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
 
 
 def candidates(op: str, row: Row, architecture: int) -> list[Config]:
-    """Return the launch configurations that a prediction favours for kernel, element size and largest size of `row`.
+    """Return launch configurations for the tuner to try, for the kernel, element size and `size` of `row`.
 
     They come from `launch_configs.CANDIDATES[op]`, for GPUs of this `architecture` (80 is sm_80) or an earlier one.
-    Nobody has measured them yet. The list may be empty.
+    docs/performance/what-a-gpu-should-show.md explains why they may be faster. The list may be empty.
     """
     place = (row.kernel, row.element, row.size)
     return [
@@ -120,13 +120,13 @@ def candidates(op: str, row: Row, architecture: int) -> list[Config]:
 def climb(
     start: Config, others: list[Config], ranges: dict[str, tuple[int, int]], measure: Callable[[Config], float]
 ) -> Config:
-    """Return the fastest configuration found by steps from the fastest of `start` and `others`.
+    """Return the fastest launch configuration that a search in steps finds.
 
-    Each step measures all `neighbours` of the best configuration, with each number inside its range (low, high) of
-    `ranges`, both included. It moves to the fastest one if its time is less than `GAIN` (0.98) times the best time, and
-    ends the search otherwise. The first move, to one of `others`, has to be as much faster than `start`. `measure` is
-    called once for each configuration, and returns its time, or inf for one that does not run. The result is `start` if
-    none runs.
+    The search begins at the fastest of `others` if its time is less than `GAIN` (0.98) times the time of `start`, and
+    at `start` otherwise. Each step measures all `neighbours` of the best configuration, inside `ranges`, a result of
+    `limits`. The search moves to the fastest neighbour if its time is less than `GAIN` times the best time, and ends
+    otherwise. `measure` is called once for each configuration, and returns its time, or inf for one that does not run.
+    The result is `start` if none runs.
     """
     times = {start: measure(start)}
     best, following = start, others
@@ -219,9 +219,9 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
     """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
 
     Each call of the returned function looks up the launch configuration that the tables hold then for `row`. It uses
-    cuBLASLt if this is (1,), a tuple of one number, and Triton otherwise. `row.kernel` is "cublaslt " and the
-    activation, `dy` is the upstream gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight and proj_bias. The
-    function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
+    cuBLASLt if this is (1,), a tuple of one number, and Triton otherwise. `row.kernel`, "cublaslt relu" or
+    "cublaslt gelu_tanh", names the activation. `dy` is the upstream gradient, and `inputs` are x, fc_weight, fc_bias,
+    proj_weight and proj_bias. The function raises `RuntimeError` if cuBLASLt is chosen and its tests do not pass here.
     """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
@@ -289,11 +289,12 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
-    """Return a function that times a launch configuration for the kernel, element size and largest size of `row`.
+    """Return a function that times a launch configuration for the kernel, element size and `size` of `row`.
 
     The function takes the configuration, a tuple. It returns the time in the unit of `timer`, or inf if the
-    configuration does not compile or run. The tables hold the configuration, for `architecture` (80 is sm_80), only
-    meanwhile. `timer` is called with the function that `work(op, row, device)` returns, and returns its time.
+    configuration does not compile or run. Each call puts the configuration, for `architecture` (80 is sm_80), into the
+    tables, and restores them at its end. `timer` is called with the function that `work(op, row, device)` returns, and
+    returns the time of that function.
     """
     run = work(op, row, device)
 
@@ -312,10 +313,11 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def serving(op: str, row: Row, architecture: int) -> Config:
-    """Return the launch configuration that the tables choose now for kernel, element size and largest size of `row`.
+    """Return the launch configuration that the tables choose for the kernel, element size and `size` of `row`.
 
-    `op` is the name of the op, and `architecture` the number of the GPU's architecture (80 is sm_80). Numbers at the
-    end that the table leaves out are 0. The `config` of `row` itself is not used.
+    `row.size` is the largest width or head size that the row serves. `op` is the name of the op, and `architecture` the
+    number of the GPU's architecture (80 is sm_80). Numbers at the end that the table leaves out are 0. The `config` of
+    `row` itself is not used.
     """
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
@@ -324,9 +326,9 @@ def serving(op: str, row: Row, architecture: int) -> Config:
 def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
     """Return a copy of `row` with the fastest configuration that a search finds, and this `architecture` and `source`.
 
-    The search (`climb`) measures on the current GPU. It starts from the configuration that the tables choose now and
-    the candidates of `launch_configs.CANDIDATES`. `architecture` is that of the GPU (80 is sm_80), and `source` is a
-    text that says how the row was found. `timer` returns the time of a function that runs kernels.
+    The search (`climb`) measures on the current GPU. It starts from the configuration that the tables choose for the
+    row, or from one of its `candidates`. `architecture` is that of the GPU (80 is sm_80), and `source` is a text that
+    says how the row was found. `timer` returns the time of a function that runs kernels.
     """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
@@ -363,12 +365,13 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
 
 
 def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Iterator[dict[str, Any]]:
-    """Yield a record of the time of each configuration: the one that serves `row`, then candidates and neighbours.
+    """Time launch configurations for the kernel, element size and `size` of `row`, and yield a record for each.
 
-    A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
-    one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
-    "ms" is None, and "of_shipped" is missing. Each configuration has one record. `architecture` is that of the GPU (80
-    is sm_80), and `timer` returns the milliseconds of a function that runs kernels on `device`.
+    The first configuration is the one that the tables choose. The row's `candidates` and the first configuration's
+    `neighbours` follow. A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped"
+    (True for the first one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration
+    that does not run "ms" is None, and "of_shipped" is missing. `architecture` is that of the GPU (80 is sm_80), and
+    `timer` returns the milliseconds of a function that runs kernels on `device`.
     """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
@@ -413,14 +416,14 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Time launch configurations of the ops in `names` on this GPU, and append the records to the file `path`.
+    """Time launch configurations of the ops in `names` on this GPU, and append the times to the file `path`.
 
     The work is a list of classes of shapes: each is a kernel with an element size and a largest size (see `classes`).
     16-bit classes come first, and the ops keep the order of `names`. `part` chooses this process's share of the list:
     "2/8" is every eighth class from the second on. `architecture` is that of the GPU (80 is sm_80).
 
-    For each class all records of `compared` are printed, and each becomes a JSON object on a line of the file.
-    Processes that share the work compile side by side. They time one after the other, by a lock on `path` with the
+    For each configuration a line is appended: a JSON object with the keys that `compared` lists. Its values are printed
+    too. Processes that share the work compile side by side. They time one after the other, by a lock on `path` with the
     suffix ".lock".
     """
     number, parts = (int(value) for value in part.split("/"))

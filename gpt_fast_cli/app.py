@@ -110,10 +110,10 @@ def run() -> None:
     """Run the command line and exit.
 
     A wrong command line, and a `ValueError`, `OSError` or `MemoryError`, which a user can cause, become one line on
-    stderr and exit code 2. With --traceback these three errors are raised instead. On later ranks of a distributed job,
-    an error that all ranks raise is not printed. A signal that stopped a training becomes the exit code that shells
-    give it (130 for Ctrl-C, 143 for SIGTERM). Other exceptions are faults of this program and keep their traceback.
-    Warnings are printed as one line from now on.
+    stderr and exit code 2. With --traceback these three errors are raised instead. All ranks of a distributed job raise
+    a usage error or an `OptionError` alike, so only the first rank of each machine prints it. A signal that stopped a
+    training becomes the exit code that shells give it (130 for Ctrl-C, 143 for SIGTERM). Other exceptions are faults of
+    this program and keep their traceback. Warnings are printed as one line from now on.
     """
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
@@ -151,7 +151,7 @@ def _another_rank_prints() -> bool:
     """Return False on the first rank of a machine, True on the others, whose errors are not printed.
 
     An error that all ranks raise is thereby printed once. The rank is read from the environment variable LOCAL_RANK, 0
-    if it is not set. torchrun ends all ranks when one has failed. So under torchrun a later rank waits
+    if it is not set. torchrun ends all ranks when one has failed. So under torchrun this function waits
     `FIRST_RANK_PRINTS` (30) seconds before it returns True, for the first rank to print.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -15,18 +15,18 @@ def compare(
     source: Annotated[Path | None, typer.Option("--from", help="Run folder of any model.")] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option(metavar="RUN…", help="Run folders: how soon does each reach a loss? Instead of --from."),
+        typer.Option(metavar="RUN…", help="Run folders, to show how soon each reaches a loss, instead of --from."),
     ] = None,
     more_runs: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
     loss: Annotated[
-        float | None, typer.Option(help="The loss, in nats; of --runs the lowest that all reach unless given.")
+        float | None, typer.Option(help="Loss to reach, in nats; by default the lowest that all --runs reach.")
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="A field of metrics.jsonl that falls; valid_loss unless given.")
+        str | None, typer.Option(help="Field of metrics.jsonl that falls in training; by default valid_loss.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in the batch; 8 unless given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in the batch, by default 8.")] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="Timed training steps of each, 9 unless given; the median is shown.")
+        int | None, typer.Option(help="Timed training steps of each model, by default 9; the median is shown.")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -92,7 +92,7 @@ def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json:
     """Print after how many updates and seconds each run in `folders` first reached a loss, or that it did not.
 
     `loss` is the value of the metric to reach, or None for the lowest that all runs reach. `metric` is a field of
-    metrics.jsonl. If `as_json`, the result is printed as JSON instead of a table: {"metric", "loss", "runs"}.
+    metrics.jsonl. If `as_json`, the dict that `compare_runs` returns is printed as JSON instead of a table.
     """
     from gpt_fast.training.compare import compare_runs
 

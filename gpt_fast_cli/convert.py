@@ -37,8 +37,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="clm|mlm|classifier",
-            help="From transformers: the model to make, with the trunk's weights and all else that both have. Without "
-            "it the one that holds every weight; a model that has no such head is refused.",
+            help="Model to make from a transformers folder, with the weights that it shares with the folder's model. "
+            "By default the model that holds all of the folder's weights; if there is none, --head is required.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -146,8 +146,8 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
 def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
     """Merge the LoRA adapter of the run in `source` into its base model, and write the model to `out`.
 
-    `to` is the format to write, "gpt-fast", "transformers" or "nanogpt"; None is transformers'. `head` is the value of
-    the option --head, which has to be None.
+    `to` is the format to write, "gpt-fast", "transformers" or "nanogpt"; None stands for "transformers". `head` is the
+    value of the option --head, which has to be None.
 
     Return a dict with `model` (the written model's class, or "nanoGPT"), `from` and `numbers` (how many parameters),
     and for transformers `left_out` (parts that the format cannot hold). `from` is the text "the adapter in FOLDER" for
@@ -180,14 +180,14 @@ def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> d
     """Convert a run folder, or a folder of transformers, and write the model to `out`.
 
     `to` is the format to write, "gpt-fast", "transformers" or "nanogpt". If it is None, a run folder becomes a folder
-    of transformers, and the reverse. A run folder with a LoRA adapter is merged into its base first. `head` chooses the
-    new model's class for a folder of transformers: "clm", "mlm" or "classifier", or None for the one that fits the
-    saved class. For a run folder `head` must be None.
+    of transformers, and the reverse. A run folder with a LoRA adapter is left to `_from_adapter`; no other run folder
+    may become "gpt-fast". `head` chooses the new model's class for a folder of transformers: "clm", "mlm" or
+    "classifier", or None for the one that fits the saved class. For a run folder `head` must be None.
 
-    Return a dict with `model` (the new model's class, or "nanoGPT"), `from` (the old model's class) and `numbers` (how
-    many parameters). A run folder that becomes a folder of transformers also gives `left_out` (parts that it cannot
-    hold), which is printed on stderr too. Raise `ValueError` for options that do not fit the folder, and
-    `FileExistsError` if `out` exists.
+    Return the dict of `_from_adapter` for an adapter. Otherwise it has `model` (the new model's class, or "nanoGPT"),
+    `from` (the old model's class) and `numbers` (how many parameters). A run folder that becomes a folder of
+    transformers also gives `left_out` (parts that it cannot hold), which is printed on stderr too. Raise `ValueError`
+    for options that do not fit the folder, and `FileExistsError` if `out` exists.
     """
     if (source / "adapter_config.json").is_file() and (source / "config.json").is_file():
         return _from_adapter(source, out, to, head)

@@ -33,7 +33,7 @@ PACKAGES = {
 
 def doctor(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to verify instead: every file in it is read.")
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to verify instead, by reading every file in it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -69,10 +69,10 @@ def doctor(
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    """Verify the files of the run in `folder` and print its state, checkpoints, left-over paths and damages.
+    """Verify the files of the run in `folder`, and print what `examine_run` finds: a table, or JSON if `as_json`.
 
-    They are printed as a table, or as JSON if `as_json`. Raise `typer.Exit` with code 1 if a file is damaged,
-    `FileNotFoundError` if there is no such folder, and `ValueError` if packages of the extra `train` are missing.
+    Raise `typer.Exit` with code 1 if a file is damaged, `FileNotFoundError` if there is no such folder, and
+    `ValueError` if packages of the extra `train` are missing.
     """
     require_train_extra()
     from gpt_fast.training.runs.examine import examine_run
@@ -94,10 +94,10 @@ def examine() -> dict[str, Any]:
     """Return what `doctor` prints about this machine, as a dict for JSON.
 
     `versions` maps packages to their versions, or None where one is not installed. `devices` lists the CPU and the
-    GPUs, each with `type` ("cpu" or "cuda") and `name`. `extension` describes the build of the C++ extension that this
-    CPU uses, with `isa`, `reason` (for its choice), `torch` (version) and more; it is None if none is built. `ops` maps
-    each operation to a dict from device type to what runs it there: "cpp", "triton" or "reference". `advice` lists
-    sentences on what to install or to mend.
+    GPUs, each with `type` ("cpu" or "cuda") and `name`. `extension` describes the build of the C++ extension for this
+    CPU: `isa`, `reason` (why this build was chosen) and the keys of `gpt_fast.build_info()`. It is None if none is
+    built. `ops` maps each operation to a dict from device type to what runs it there: "cpp", "triton" or "reference".
+    `advice` lists sentences on what to install or to mend.
     """
     import torch
 

@@ -27,14 +27,14 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A labelled table for a classifier; for a language model whatever pretrain --data takes. Without it a "
-            "model of the standard library takes the files held out from it.",
+            help="A labelled table for a classifier; for a language model whatever pretrain --data takes. A model of "
+            "Python's standard library can be measured without it, on the files that training held out.",
         ),
     ] = None,
     raw_dtype: Annotated[
         str | None, typer.Option(metavar="uint16|uint32", help="The type of ids in token files without a header.")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; by default that of training.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
     skip_label: options.SkipLabel = None,
@@ -43,15 +43,15 @@ def evaluate(
     stride: Annotated[
         int | None,
         typer.Option(
-            help="Read text in windows that begin so many tokens after the one before: 1 to the model's positions, of "
-            "which half is usual. Without it windows lie side by side."
+            help="Tokens between the beginnings of two windows of text: 1 to the model's number of positions, of which "
+            "half is usual. Without it windows do not overlap."
         ),
     ] = None,
     form: Annotated[
         str | None,
         typer.Option(
             metavar="lambada|hellaswag",
-            help="--data is LAMBADA's or HellaSwag's file, or has its columns: a language model is judged.",
+            help="Score a language model on LAMBADA or HellaSwag. --data is the file of that test, or has its columns.",
         ),
     ] = None,
     confusion: Annotated[

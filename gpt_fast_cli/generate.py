@@ -49,7 +49,8 @@ def generate(
         ),
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to answer from the prompt; fine-tuned question answering.")
+        str | None,
+        typer.Option(metavar="TEXT", help="Question to answer from the prompt, for a model fine-tuned on such tasks."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -65,7 +66,7 @@ def generate(
         float | None, typer.Option(help="Draw from the fewest tokens that reach this probability.")
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that are there already become less probable.")
+        float, typer.Option(help="Above 1, tokens that the text already contains become less probable.")
     ] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End a continuation before this text; may be repeated.")
@@ -76,7 +77,10 @@ def generate(
     ] = False,
     weights: Annotated[
         Literal["float32", "bfloat16", "int8", "int8-a16"] | None,
-        typer.Option(help="How a CPU stores them while it writes."),
+        typer.Option(
+            help="Precision of the weights on a CPU, by default the model's. int8 also rounds activations to 8 bits in "
+            "products, int8-a16 to 16 bits."
+        ),
     ] = None,
     raw: Raw = False,
     device: Device = "auto",
@@ -87,7 +91,7 @@ def generate(
     One continuation is printed behind its prompt, token by token. Several are printed at the end, each below a line
     with its number. [bold]--json[/bold] prints the prompt, each added text with its number of new tokens, and the
     tokens per second. On a CPU the weights keep the model's precision unless [bold]--weights[/bold] is given. With
-    int8 and int8-a16 they are 8-bit integers; products may round activations to 8 bits with int8, to 16 with int8-a16.
+    int8 and int8-a16 they are 8-bit integers, and products with them round activations, to 8 and to 16 bits.
 
     [bold]Examples[/bold]
 
@@ -278,9 +282,9 @@ class _Text:
     def settled(self) -> str:
         """Return the text that can be printed now and that no call returned before. Later tokens will not change it.
 
-        If an incomplete character is at the end, the result is "" and all that is new waits. Until the text has ended,
-        two more things are held back: an end that may be the beginning of a stop text, and what the next token may
-        still change.
+        The result is "" while the text ends in an incomplete character; `rest` returns what then remains. Until the
+        text has ended, its end is also held back if a stop text may begin there. So is the text of the last token, if
+        the tokenizer's decoder may change it for the next token, for example by joining "'" and "s".
         """
         from gpt_fast.data.tokenizer import shared_start
 
@@ -305,7 +309,8 @@ class _Text:
     def _decoded(self) -> str:
         """Return the whole text that the drawn tokens add to the prompt, stop texts included.
 
-        Its first space is dropped if the prompt as typed ends in white space that its tokens lack.
+        If the tokenizer drops white space at the end of the prompt, the text's first space is removed, because the
+        prompt is printed with its white space.
         """
         from gpt_fast.data.tokenizer import added_text
 

@@ -104,8 +104,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
     """Return a keyword-only parameter of a command's signature for each setting of `cls`, by the panels of the help.
 
-    In a panel the settings that `cls` declares itself come before those that it inherits. The default is that of the
-    setting, or None if it is required or an empty tuple.
+    In a panel the settings that `cls` declares itself come before those that it inherits. A parameter's default is that
+    of the setting. It is None if the setting is required, or if its default is an empty tuple.
     """
     own = cls.__annotations__
     fields = sorted(
@@ -163,7 +163,7 @@ def train(
     If `as_json`, this function prints the record as JSON itself, with the path of the run folder added under "out", and
     returns None. On ranks other than the first it prints nothing and returns None. `label` stands beside the bar.
     `program(settings, show, say, stop)` is called with functions that update the bar and print a line, and with an
-    object that records a SIGINT or SIGTERM. The process keeps freed memory from then on, for speed.
+    object that records a SIGINT or SIGTERM. For speed, the C library keeps freed memory until the process ends.
     """
     from gpt_fast._memory import keep_freed
 

@@ -43,13 +43,15 @@ def predict(
         typer.Option(metavar="FILE", help="Write the table there, with the columns prediction and probability."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; by default that of training.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
     columns: options.Columns = None,
     skip_ragged: options.SkipRagged = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="The most tokens of a written answer; 100, or half of the model's positions, unless given."),
+        typer.Option(
+            help="Most tokens of a written answer; by default 100, or half of the model's positions if that is less."
+        ),
     ] = None,
     raw: Raw = False,
     device: Device = "auto",

@@ -27,7 +27,7 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="The same, to validate on. Without it a tenth: of the rows, of ten files or more, or of each file.",
+            help="Held-out data, given as for --data. Without it a tenth of the data is held out.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -37,10 +37,14 @@ def prepare(
             help="bpe and char learn from at most 100 MB of the training text; PATH is a tokenizer.json.",
         ),
     ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Of bpe.")] = 32_768,
+    vocab_size: Annotated[int, typer.Option(help="Tokens that bpe learns.")] = 32_768,
     text_column: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
-    processes: Annotated[int | None, typer.Option(help="Processes that tokenise; one for each core.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of another run.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that tokenise; by default one for each core.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace token files that --out already holds.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn text of any size into token files, which pretrain reads piece by piece.

@@ -20,11 +20,11 @@ def tune(
 ) -> None:
     """Measure what is fastest on this machine, and keep it for every later program.
 
-    On a GPU these are the launch configurations of the kernels. An operation takes minutes, because every configuration
-    is compiled. On a CPU it is whether this library or PyTorch multiplies the matrices of [bold]linear[/bold], by dtype
-    and number of rows; without the measurement this library does. The file is in
-    [bold]~/.config/gpt_fast/launch_configs[/bold], or in the folder that the environment variable
-    GPT_FAST_LAUNCH_CONFIGS names. Removing it undoes the tuning; an empty variable ignores it.
+    On a GPU the command measures launch configurations of the kernels. An operation takes minutes, because every
+    configuration is compiled. On a CPU it measures whether this library or PyTorch is faster at the matrix products of
+    [bold]linear[/bold], by dtype and number of rows. Untuned, this library computes them. The results are kept in a
+    file in [bold]~/.config/gpt_fast/launch_configs[/bold], or in the folder that the environment variable
+    GPT_FAST_LAUNCH_CONFIGS names. Remove the file to undo the tuning. An empty variable means: no file is used.
 
     [bold]Examples[/bold]
 
@@ -68,10 +68,10 @@ def _refuse_unknown(ops: list[str], known: list[str], device: str) -> None:
 def _tune_gpu(ops: list[str] | None, as_json: bool) -> None:
     """Find the fastest launch configurations of `ops` on this GPU, and write those that are not shipped to a file.
 
-    `ops` None stands for all ops with launch configurations. `_table` names the file. For each kernel, element size and
-    largest size the fastest configuration is printed on stderr as soon as it is found. At the end the configurations
-    that differ from the shipped ones are printed as a table. With `as_json` all are printed as JSON instead. Raise
-    `ValueError` if `ops` names an op without launch configurations.
+    `ops` None stands for all ops with launch configurations. `_table` names the file. A configuration serves a class of
+    shapes: a kernel, an element size, and head sizes or widths up to a limit. The fastest one of each class is printed
+    on stderr as soon as it is found. At the end those that differ from the shipped ones are printed as a table. With
+    `as_json` all are printed as JSON instead. Raise `ValueError` if `ops` names an op without launch configurations.
     """
     import torch
 

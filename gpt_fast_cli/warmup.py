@@ -17,10 +17,10 @@ def warmup(
         typer.Option(metavar="NAME", help="notes, gpt1, gpt2, gpt2-medium, gpt2-large or gpt2-xl, instead of --from."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Windows in one part of an update: --batch-size of pretrain over its --accumulate.")
+        int, typer.Option(help="Windows in one forward pass: --batch-size of pretrain divided by its --accumulate.")
     ] = 16,
     precision: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="As pretrain will be given it.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="The --precision that pretrain will get.")
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:

@@ -38,9 +38,9 @@ def option(
         help: Its help on the command line.
         panel: The panel of the help in which it is listed: "Run", "Data", "Model" or "Training".
         metavar: The name of its value in the help.
-        resume: What a resumed run may do with it. "same": its value must be the original one. "more": it may also be
-            larger. "free": it may change. "machine": it is saved, but the resuming command's value counts. "command":
-            it is neither saved nor compared.
+        resume: Rule for a resumed run. "same", "more" and "free": it keeps its original value if the user omits it. A
+            given value must be the original one for "same", may also be larger for "more", and may be any for "free".
+            "machine": the resuming command's value is taken, or the default. "command": likewise, and it is not saved.
         also: Another spelling on the command line, such as "--data".
         **bounds: Bounds of the value, such as `ge=1`, as pydantic's `Field` takes them.
 
@@ -94,8 +94,8 @@ def wrong_on_every_rank() -> Iterator[None]:
 class InvalidSettings(OptionError):
     """Error for settings that are not valid, with all of pydantic's `errors` in one line.
 
-    `cls` is the class of the settings. `read` are the names of settings that come from a file. `place` names that file
-    in the message, as "--config FILE: "; it is "" if there is none.
+    `cls` is the class of the settings. `read` are the option names of settings that come from a file. `place` names
+    that file in the message, as "--config FILE: "; it is "" if there is none.
     """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
@@ -236,7 +236,8 @@ _EXPECTED = {
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
     """Return one of pydantic's errors about settings of class `cls` as text.
 
-    `read` has the names of settings that come from a file, and `place` names that file, such as "--config FILE: ".
+    `read` has the settings that come from a file, by option name, such as "batch-size". `place` names that file, such
+    as "--config FILE: ".
 
     - A wrong value from the file: "PLACE NAME has VALUE; expected WHAT".
     - Another wrong value: "--NAME VALUE: expected WHAT".

@@ -15,7 +15,7 @@ class Architecture(NamedTuple):
     """Facts about a GPU architecture, for the kernels and their tools."""
 
     capability: int  # compute capability times ten: the key of launch configurations
-    rows: int  # the newest architecture whose rows in launch_configs.py serve this one if it has none
+    rows: int  # number of the newest architecture whose rows in launch_configs.py serve this one where it has none
     shared: int  # bytes of shared memory that a program may use
     descriptors: bool  # True if the kernels read tiles by tensor descriptor (tensor memory accelerator)
     wgmma: bool  # True if products in 16 bits must compile to wgmma instructions
@@ -61,9 +61,8 @@ def fits(architecture: int, capability: int) -> bool:
     Both numbers are compute capabilities times ten, or INTERPRETER. Configurations for Triton's interpreter fit only
     the interpreter. Configurations for a GPU fit if `architecture` equals `capability`, so that a GPU without a row in
     ARCHITECTURES, such as an RTX 4090 (89), may have some too. They also fit if `architecture` is the capability of the
-    row that serves the GPU (see `serving`), or if it is at most that row's field `rows`. This field is the newest
-    architecture whose configurations the GPU can use when there are none for itself. Raise `ValueError` for a GPU older
-    than all rows.
+    row that serves the GPU (see `serving`), or at most the number in that row's field `rows`. Several architectures may
+    fit, and the caller chooses among them. Raise `ValueError` for a GPU older than all rows.
     """
     if INTERPRETER in (architecture, capability):
         return architecture == capability

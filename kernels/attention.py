@@ -99,7 +99,7 @@ class Walk(NamedTuple):
 
     offs: Any  # [BLOCK], from 0
     end: Any  # row to stop before
-    cut: Any  # a pointer if `end` may come before the tensor's last row, else None
+    cut: Any  # a pointer with lengths or packed sequences, which may end before the tensor, else None
 
 
 class Ranges(NamedTuple):
@@ -143,11 +143,12 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
 def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
     """Return (first, last), one of each for each row: the row may meet the rows first <= x < last of the other axis.
 
-    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. The row at position `offs` meets
-    offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `packing`, a
-    Packing, has pointers, x is also in the row's own sequence. `length_ptr` [B] has the number of keys of each batch
-    row, or is None. It may be given only if the rows are queries: x is then a key, and also below the length of batch
-    row b. `mask_offs` is True for rows that exist.
+    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. `offs` are the rows' positions
+    on the other axis, where the last query sits at the last key: query i is at i + S - T, key j at j - (S - T). A row
+    meets offs - lower < x < offs + upper, by the window and the causal mask. If `packing`, a Packing, has pointers,
+    S is T, and x is also in the row's own sequence. `length_ptr` [B] has the number of keys of each batch row, or is
+    None. It may be given only if the rows are queries: x is then a key, and also below the length of batch row b.
+    `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -161,11 +162,12 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the Ranges (begin, inside, outside, end), rows of the other axis between which a program loops over tiles.
+    """Return the Ranges (begin, inside, outside, end) of keys for a program that owns queries, or the reverse.
 
-    A tile has BLOCK rows. Tiles in [inside, outside) need no mask; tiles in [begin, inside) and [outside, end) do.
-    `first` and `last` are the results of `_bounds` for the program's own rows, `mask_rows` is True for those that
-    exist, and the other axis has `others` rows. If ALL_MASKED, every tile counts as one that needs a mask.
+    The program loops over the `others` keys in tiles of BLOCK, which begin at multiples of BLOCK. Tiles in
+    [inside, outside) need no mask; tiles in [begin, inside) and [outside, end) do. `first` and `last` are the results
+    of `_bounds` for the program's queries, and `mask_rows` is True for queries that exist. If ALL_MASKED, every tile
+    counts as one that needs a mask.
     """
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
@@ -217,9 +219,10 @@ def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexp
     """Load rows start + walk.offs of a tensor that a loop goes through tile by tile, as a tile [BLOCK, BLOCK_D].
 
     `source` is a Source, `head` a Head, and `walk` a Walk, whose `end` is the row to stop before. Columns from D on are
-    zeros. If DESCRIBED, the source holds a descriptor of the whole tensor. Rows past the tensor's end are then zeros,
-    and rows between `walk.end` and the tensor's end are zeros only if MASKED and `walk.cut` is not None. Otherwise the
-    source holds a pointer. Rows from `walk.end` on are then zeros if MASKED, and must exist if not.
+    zeros. Without DESCRIBED, the source holds a pointer. Rows from `walk.end` on are zeros if MASKED, and must exist if
+    not. With DESCRIBED, it holds a descriptor of the whole tensor, and rows past the tensor's end are zeros. Rows from
+    `walk.end` to the tensor's end are zeros if MASKED and `walk.cut` is not None (lengths or packed sequences).
+    Otherwise they hold the tensor's values, which the caller excludes by `_allowed`.
     """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
@@ -285,9 +288,9 @@ def _walked_position(start, walk, dropout):
 
     The result is [own rows, BLOCK], with start + walk.offs[c] - dropout.start[r] at (r, c). `walk` is a Walk and
     `dropout` a Dropout, whose field `start` [own rows, 1] is the first row of each own row's sequence. The parameter
-    `start` must be a multiple of 16. LLVM does not see `tl.multiple_of`, so the code writes start // 16 * 16 to show
-    that the low bits are zero. Without them LLVM cannot merge the Philox calls that share a counter, and a loop has
-    nearly twice as many instructions.
+    `start` must be a multiple of 16. The code writes start // 16 * 16 to show this to LLVM, which does not see
+    `tl.multiple_of`. LLVM then merges the Philox calls that share a counter; otherwise a loop would have nearly twice
+    as many instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
@@ -497,10 +500,10 @@ def _bwd_dq_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
+    """Write the gradient of BLOCK_M queries of one head to dq, and two numbers for each of them to `rows_ptr`.
 
-    delta is rowsum(dO · O), for the output at `out_ptr` and its gradient at `do_ptr`. In `rows_ptr` lse is times
-    log2(e), +inf past the last query, and delta times 1 - p, p the dropout probability.
+    The numbers are lse · log2(e) and delta · (1 - p), or +inf and 0 for a row of the block past the last query. delta
+    is rowsum(dO · O), for the output at `out_ptr` and its gradient at `do_ptr`, and p the dropout probability.
 
     The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
     The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
@@ -718,10 +721,11 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
 
 
 def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
-    """Return the launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles of `rows` rows.
+    """Return launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles [rows, BLOCK_D].
 
-    They are {"DESCRIBED": bool} and the tensors by their names, such as k_ptr. DESCRIBED is True if all of them can be
-    read by tensor descriptors. They are then replaced by their descriptors, for tiles [1, 1, rows, BLOCK_D].
+    `tensors` are passed by the kernel's names for them, such as k_ptr=k. The result is a dict with these names and
+    "DESCRIBED". If all tensors can be read by tensor descriptors, DESCRIBED is True, and the values are descriptors.
+    Otherwise it is False, and the values are the tensors.
     """
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
     if all(describable(x, architecture) for x in tensors.values()):
@@ -796,8 +800,8 @@ def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tens
     """Return (start, end, sequence), int32 [T] each: first token, end and number of the sequence that each token is in.
 
     The end is one past the sequence's last token. `cu_seqlens` [n + 1] are the bounds of n sequences. Tokens after the
-    last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped to [0, T], so that a
-    wrong one does not lead out of bounds.
+    last sequence get the number n and cu_seqlens[n] as start and end, so that they meet no key. Values of cu_seqlens
+    are clamped to [0, T], so that a wrong one does not lead out of bounds.
     """
     bounds = cu_seqlens.long().clamp(0, T)
     tokens = torch.arange(T, device=cu_seqlens.device)

@@ -124,10 +124,11 @@ def _add_kernel(
 ):  # fmt: skip
     """Write the attention output [D] of one head into row i of out [B H, D], in program i of the grid (B H).
 
-    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order, and divides by the sum of
-    exponentials. The states are acc [B H, splits, D], m and l [B H, splits]. ADDED splits are read at a time. Splits
-    past the sequence's length are not read; for a sequence without keys the output is 0. If `k_new_ptr` is not None,
-    `_fwd_kernel` has appended a key, so that the sequence has one more than its length.
+    The cache of S keys is divided into `splits` splits of SPLIT neighbouring keys. `_fwd_kernel` has written a state
+    for each: acc [B H, splits, D], m and l [B H, splits]. This kernel adds the states in the order of the splits, ADDED
+    at a time, and divides by the sum of exponentials. Splits past the sequence's length are not read; for a sequence
+    without keys the output is 0. If `k_new_ptr` is not None, `_fwd_kernel` has appended a key, so that the sequence has
+    one more than its length.
     """
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)
@@ -187,9 +188,9 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """Return the attention out [B, H, D], contiguous, of one query per sequence to its cache.
 
-    q is [B, H, D], and the caches are [B, H, S, D]. Without k and v it is that to the first `lengths` [B] entries. With
-    k and v [B, H, D], they first overwrite entry `lengths[b]` of each cache in place, and out includes this entry.
-    Lengths are clamped to [0, S], or to [0, S - 1] with k and v. No entry gives 0.
+    q is [B, H, D], and the caches are [B, H, S, D]. If k and v are None, the query attends to the first `lengths` [B]
+    entries. Otherwise k and v [B, H, D] first overwrite entry `lengths[b]` in place, and the query attends to it too.
+    Lengths are clamped to [0, S], or to [0, S - 1] with k and v. A sequence without entries gets 0.
     """
     B, H, D = q.shape
     S = k_cache.shape[2]

@@ -117,10 +117,10 @@ def _bwd_reduce_kernel(
     """Add the partial sums of a table row whose lookups lie in several chunks, and write its gradient to grad.
 
     The lookups, sorted by the table's row in `ids_ptr` [M], are divided into chunks of CHUNK. A program of the grid
-    (chunks, blocks of columns) serves the last row that its chunk looks up. It does so if the row's lookups begin in
-    this chunk and continue in later ones, up to chunk reach[chunk]; otherwise it writes nothing. `partial_ptr` [chunks,
-    2, C] has two sums of each chunk. The first is for a row whose lookups began in a chunk before, the second for one
-    whose lookups begin here and continue.
+    (chunks, blocks of columns) takes the row of its chunk's last lookup. `reach_ptr` [chunks] has the number of the
+    last chunk with a lookup of that row. The program writes only if the row's lookups begin in this chunk and end in a
+    later one. `partial_ptr` [chunks, 2, C] has two sums of each chunk. The first is for a row whose lookups began in a
+    chunk before, the second for one whose lookups begin here and continue.
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)

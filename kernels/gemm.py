@@ -230,7 +230,7 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
     """Return (launch configuration, architecture) for the kernel called `kernel` of `op`, for an input x on its device.
 
-    `size` chooses among the rows of launch_configs.TABLES; for the products it is the number of columns of x. The
+    `size` is the number of columns of x, by which the configuration is looked up (see `launch_configs.pick`). The
     architecture is a compute capability times ten, or INTERPRETER.
     """
     architecture = launch_configs.architecture(x.device)

@@ -247,9 +247,10 @@ def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
 def with_row(rows: list[Row], new: Row) -> list[Row]:
     """Return `rows` with `new` in place of the row for the same kernel, architecture, element and size, or inserted.
 
-    `rows` are those of one op, and the list itself is not changed. If the architecture had no rows for this kernel and
-    element, it also gets copies of the rows that served it. `new` alone would be for one class of shapes. The result
-    has the kernels in their order, and the rows of a kernel sorted by architecture, element and size.
+    `rows` are those of one op, and the list itself is not changed. If the architecture of `new` had no rows for this
+    kernel and element, the rows that served it are also copied for it. Otherwise shapes larger than those of `new`
+    would have no row. The result has the kernels in their order, and the rows of a kernel sorted by architecture,
+    element and size.
     """
     kernels = list(dict.fromkeys(row.kernel for row in rows))
     served = _serving(rows, new.kernel, new.architecture, new.element)
@@ -260,7 +261,7 @@ def with_row(rows: list[Row], new: Row) -> list[Row]:
 
 @functools.cache
 def tables(architecture: int) -> dict[str, list[Row]]:
-    """Return the rows of launch configurations by op: TABLES, with the user's own rows for an architecture inserted.
+    """Return the rows for all architectures by op: TABLES, with the user's own rows for `architecture` inserted.
 
     The user's rows are left out, with a warning, if they were measured on another GPU or with another Triton. Triton's
     interpreter has none. Raise `ValueError` if the user's file is damaged. The dict is cached, and `trying` changes it.

@@ -208,12 +208,14 @@ def _gradient_kernel(
     to it. The gradient may share memory with the logits. The grid is (parts, blocks of BLOCK_M rows).
 
     `count_ptr` points to the number of all rows whose target is not ignored, and `first` is their number in earlier
-    chunks. So the chunk has count - first such rows, at most R. A block that holds at least one of them writes zeros
-    for its other rows; a block that holds none writes nothing.
+    chunks. So the chunk has count - first such rows, at most R, and they come first. A block that holds at least one of
+    them writes zeros for its other rows. A block that holds none writes nothing, also not to partial.
 
-    If `dloss_ptr` is given, it holds the upstream gradient of the loss of each row of x. `index_ptr` has the index in x
-    of each row whose target is not ignored. If `partial_ptr` is given, the sum over a block's rows, without FACTOR,
-    goes to partial [blocks, V], for the gradient of the bias. `smoothing` is the label smoothing.
+    `targets_ptr` [R] holds the targets of the chunk's rows. If `dloss_ptr` is given, it holds the upstream gradient of
+    the loss of each row of x, else the upstream gradient is 1. `index_ptr` has the index in x of each row whose target
+    is not ignored. If `partial_ptr` is given, the sum over a block's rows, without FACTOR, goes to partial [blocks, V],
+    for the gradient of the bias. `smoothing` is the label smoothing. PRECISION is "interpreter" in Triton's
+    interpreter, which rounds to bfloat16 in its own way.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -247,9 +249,10 @@ def _gradient_kernel(
 def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
     """Write `scale` times `dx` into the rows of out [N, C] that have the indices of the chunk's rows in x.
 
-    `dx` is half a tile of the gradient of the chunk's rows. `m` and `n` are the row and the column of its first element
-    in the chunk. `live` is the number of the chunk's rows whose target is not ignored, and `first` the number of such
-    rows in earlier chunks. `index_ptr` has the indices of all such rows in x. Other rows of out are not written.
+    Only rows of x whose target is not ignored are divided into chunks. `live` is the number of rows in this chunk, and
+    `first` the number in earlier chunks. `index_ptr` has the indices in x of the rows of all chunks. `dx` is half a
+    tile of the gradient, and `m` and `n` are the row and the column of its first element in the chunk. `scale` is
+    1 / FACTOR of `_dx_kernel`, times power / count if MEAN.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -506,7 +509,7 @@ def forward(
     x is [..., C], weight [V, C], target [...] and bias [V] or None. A row counts if its target is not `ignore_index`.
     The loss is float32, [] for the reductions "mean" (0 if no row counts) and "sum", or in the shape of `target` for
     "none". count is float32 []. dx is in the dtype of x, 0 in rows that do not count; dweight and dbias are float32. A
-    gradient that is not needed has shape [0].
+    gradient that is not needed has shape [0]. For "none" the caller passes False for all flags and calls `backward`.
 
     For "mean" the caller has to divide dweight and dbias by n = max(count, 1), and dx by the largest power of two up to
     n. This function has multiplied dx by that power / n before rounding it, and the caller's division is exact.

@@ -195,12 +195,12 @@ def _dz_kernel(
 ):  # fmt: skip
     """Write dz [M, N], the gradient of the activation's input, to `out`, from the product dh = a bᵀ.
 
-    a [M, K] is the output's gradient dy, b [N, K] the transposed second weight. `kept` [M, N] is the hidden layer for
-    relu, the activation's input for other activations. If MAKES_HIDDEN, the hidden layer after dropout is written to h.
-    If `partial_ptr` is given, sums of dz over BLOCK_M rows each go to partial [M / BLOCK_M rounded up, N], in float32,
-    for the gradient of the bias. The arguments from `site` to `scale` and the seed are those of dropout in the forward
-    pass. A tile [BLOCK_M, BLOCK_N] is finished in PARTS parts side by side, 4 or 8. The programs of a grid of any size
-    share the tiles.
+    a [M, K] is the output's gradient dy, b [N, K] the transposed second weight. `kept` [M, N] is the hidden layer after
+    dropout for relu, the activation's input for other activations. If MAKES_HIDDEN, the hidden layer after dropout is
+    written to h. If `partial_ptr` is given, sums of dz over BLOCK_M rows each go to partial [M / BLOCK_M rounded up,
+    N], in float32, for the gradient of the bias. `site`, `threshold`, `scale` and the seed are the forward pass's
+    arguments for dropout. A tile [BLOCK_M, BLOCK_N] is finished in PARTS parts side by side, 4 or 8. The programs of a
+    grid of any size share the tiles.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -477,9 +477,10 @@ def backward(
     """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias) for the upstream gradient dy [..., C'].
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. All are in the dtype
-    of x, and those of the weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if
-    it is None, the hidden layer is computed again. `seed`, `site`, `threshold` and `scale` are the arguments that
-    `forward` had, and give its dropout mask again. Without a seed there was no dropout.
+    of x, and those of the weights have the strides of the weights. `hidden` is the `kept` that `forward` returned with
+    `keeps_hidden`. Pass None if `forward` had not kept it; the hidden layer is then computed again. `seed`, `site`,
+    `threshold` and `scale` are the arguments that `forward` had, and give its dropout mask again. Without a seed there
+    was no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
@@ -527,10 +528,10 @@ def _dz(
     """Return dz [M, F], the gradient of the activation's input, for the output's gradient dy [M, C'].
 
     `kept` [M, F] is what the forward pass kept: the hidden layer after dropout for relu, the activation's input for
-    other activations. The hidden layer is written to h [M, F] unless h is None, and the sum of dz over its rows to
-    `dfc_bias` [F] unless that is None. Dropout dropped an element of the hidden layer if its 16 random bits were below
-    `threshold`, and multiplied others by `scale`. The bits are a function of `seed`, `site` and its position. Without a
-    seed there was no dropout.
+    other activations. The hidden layer after dropout is written to h [M, F] unless h is None. The sum of dz over its
+    rows is written to `dfc_bias` [F] unless `dfc_bias` is None. Dropout dropped an element of the hidden layer if the
+    element's 16 random bits were below `threshold`, and multiplied others by `scale`. The bits are a function of
+    `seed`, `site` and the element's position. Without a seed there was no dropout.
     """
     M, F = kept.shape
     dz = torch.empty_like(kept)

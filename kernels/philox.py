@@ -55,17 +55,17 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, COMPARES: tl.constexpr):
     within a forward pass. An element is kept if its 16 random bits, a function of the seed, `site`, b, i and j, are at
     least `threshold`. `seed_ptr` points to one int64.
 
-    Either i or j may vary along the rows of the result. Eight elements that differ only in i // 8 % 2, j // 8 % 2 and
-    j % 2 share one call of the generator. In the accumulators of matrix instructions one thread holds all eight.
+    Either i has shape [M, 1] and j [1, N], or i has shape [1, N] and j [M, 1]. Eight elements that differ only in
+    i // 8 % 2, j // 8 % 2 and j % 2 share one call of the generator.
 
     COMPARES chooses the instructions, not the result:
 
     - "lower" works for every threshold.
-    - "upper" and "rotated" save an instruction for an odd j, but the threshold must be at least 1. For a threshold of 0
-      the caller must skip dropout; `dropping_seed` returns None for it.
-    - "upper" suits a tile in which each thread has only odd j or only even j.
-    - "rotated" suits a tile in which each thread has both. LLVM would compute a part of each word twice there with
-      "upper".
+    - "upper" is for j [M, 1], where a GPU thread has only odd or only even j of a matrix product's tile.
+    - "rotated" is for j [1, N], where a GPU thread has both odd and even j.
+
+    "upper" and "rotated" need fewer instructions, but work only for a threshold of at least 1. For a threshold of 0
+    their callers must skip dropout.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2

@@ -9,7 +9,7 @@ not hold. On an architecture with wgmma, products in 16 bits are done by it. On 
 of 64 spills nothing, at 128 nothing without dropout and at most 128 bytes with it; up to 128, dropout adds no access to
 shared memory and no shuffle to any of attention's loops. kernels/architectures.py says which are which. On every
 architecture a kernel spills at most 128 bytes, except heads over 128 and rows over 8,192. In the code of Triton 3.6
-dropout leaves attention 0.65 of its speed forward and 0.70 backward, by the bounds of tools/loop_bounds.py. --update
+dropout leaves attention 0.65 of its speed forward and 0.71 backward, by the bounds of tools/loop_bounds.py. --update
 makes this build the budget, statements aside. Each minor version of Triton has its own budget,
 results/codegen-3.6.json, and its own table, results/codegen-3.6.md, which is written either way. --targeted compiles
 for the targeted architectures alone.
@@ -168,9 +168,9 @@ def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
     """Add "dropout", how many instructions dropout adds to each loop, to figures of attention kernels with dropout.
 
-    The figures are changed in place. "dropout" is a list with a number for each loop. A kernel that was not compiled
-    without dropout, or that then has another number of loops, gets none. `figures` maps launch's name → target such as
-    "sm_90" → figures of the compiled kernel.
+    The figures are changed in place. "dropout" is a list with a number for each loop. It is not added if the same
+    kernel without dropout was not compiled, or has another number of loops. `figures` maps launch's name → target such
+    as "sm_90" → figures of the compiled kernel.
     """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
@@ -206,15 +206,14 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 
 
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
-    """Return a message for each way in which a kernel breaks its budget or a limit of the chip.
+    """Return a message for each way in which a kernel breaks its budget or a requirement of the chip.
 
     `key` is the launch's name, and `target` is such as "sm_90". `figure` has the kernel's figures. `budget` has
-    "registers", "spilled", "shared", "instructions" and perhaps "dropout", or is None if there is none, a violation
-    too.
+    "registers", "spilled", "shared", "instructions" and perhaps "dropout". If `budget` is None, a message says so.
 
     A kernel may have no more registers, spilled bytes and shared memory than its budget. It may have up to 5 % more
-    instructions, and dropout may add up to 5 % more to a loop. Limits of the chip are its shared memory, and that large
-    16-bit products use wgmma.
+    instructions, and dropout may add up to 5 % more to a loop. Whatever its budget, it must not use more shared memory
+    than the chip has. If "needs_wgmma" in `figure` is 1, it must use wgmma instructions.
     """
     where = f"{key} {target}"
     found = []
@@ -238,9 +237,9 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 def spill_limit(key: str) -> int | None:
     """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    `key` is the launch's name. At head size 64 the limit is 0. At head size 128 it is 0 without dropout and SPILLS
-    (128) with it. All other kernels have no limit here, nor have kernels in float32. Candidates have no limit either:
-    they are launch configurations that no GPU has measured yet, with " candidate " in `key`.
+    `key` is the launch's name. There is no limit for other ops, for float32 and for candidates. Candidates are launch
+    configurations that no GPU has measured yet, with " candidate " in `key`. Otherwise the head size decides. At 64 the
+    limit is 0. At 128 it is 0 without dropout and SPILLS (128) with it. Other head sizes have no limit.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -332,7 +331,7 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
-    """Return a message for each broken statement: a limit on spills or on the cost of dropout, whatever the budget.
+    """Return a message for each fixed limit that a kernel breaks. Fixed limits do not depend on the kernel's budget.
 
     A kernel may spill at most 128 bytes, unless its head size is over 128 or its rows have more than 8,192 values.
     On architectures with speed targets, attention has further limits: on spills, and on accesses to shared memory that
@@ -353,7 +352,7 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 
 
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
-    """Return a message for each limit that a kernel breaks on an architecture with speed targets, whatever its budget.
+    """Return a message for each fixed limit that a kernel breaks on an architecture with speed targets.
 
     `key` is the launch's name, `target` is such as "sm_90", and `figures` maps launch's name → target → figures of the
     compiled kernel. Spilled bytes must not exceed `spill_limit(key)`. In an attention kernel with head size up to 128,
@@ -441,10 +440,12 @@ def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]
 
 
 def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> float:
-    """Return the predicted TFLOP/s of causal attention with T tokens in a pass, on an H100 SXM.
+    """Return the TFLOP/s of causal attention with T tokens in a pass, predicted for an H100 SXM: an upper bound.
 
-    `kernels` are the figures of the pass's kernels: one forward, or dq and dkdv backward. Each has "tile" and two
-    "loops" with "pipes", the masked loop first. `step` is "forward" or "backward", and `label` has the head size, as in
+    It assumes that the busiest unit of a multiprocessor limits each loop and that latencies cost nothing. `kernels` are
+    the figures of the pass's kernels: one forward, or dq and dkdv backward. Each has "tile" (rows and columns of the
+    score matrix that a program computes at a time) and two "loops", the masked one first. A loop's "pipes" are the
+    cycles of each unit for one iteration. `step` is "forward" or "backward", and `label` has the head size, as in
     "D=64 bfloat16".
     """
     total = 0.0
@@ -462,10 +463,11 @@ def minor(version: str) -> str:
 
 
 def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
-    """Return the Markdown page of all figures, with a table for each target that was compiled for.
+    """Return the Markdown page of all figures, with a table for each GPU architecture in them.
 
-    Targets with speed targets also get tables of loops and of attention's predicted rates. `version` is Triton's
-    version. `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
+    If speed targets are set for an architecture, it also gets tables of loops and of attention's predicted rates.
+    `version` is Triton's version. `figures` maps launch's name → architecture such as "sm_90" → figures of the compiled
+    kernel.
     """
     lines = [
         "# Generated code",
@@ -500,11 +502,13 @@ def main() -> None:
 
     The first argument of the command line is the JSON file that tools.record_launches wrote. The page is
     benchmarks/results/codegen-<minor version of Triton>.md: registers, spilled bytes, shared memory and instructions of
-    each kernel. The JSON file beside it is the budget. --update writes it from this build before the check. --targeted
-    compiles for architectures with speed targets only. The page, and with --update the budget, then lack the others,
-    whose budget is not checked. --jobs is the number of processes. A line is printed for
-    each violation of the budget or of a fixed limit, then their number. Exit with code 1 if there is one, else 0. Exit
-    with an error if the budget is missing or of another version of Triton.
+    each kernel. The JSON file beside the page is the budget. With --update, this build's figures replace the whole
+    budget before the check. With --targeted, only architectures with speed targets are compiled for and checked. The
+    new page, and with --update the new budget, then have no other architectures.
+
+    --jobs is the number of processes. A line is printed for each violation of the budget or of a fixed limit, then
+    the number of violations. Exit with code 1 if there is one, else 0. Exit with an error if the budget is missing or
+    of another version of Triton.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)

@@ -177,9 +177,9 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 def draw_tile() -> Figure:
     """Draw the dropout mask of the first 16 x 16 elements (query i, key j) of one head's attention weights.
 
-    Dropped elements are crossed out; the probability is 0.2 so that there are enough. Two calls of the random generator
-    Philox are shown in colour: each element that a call decides has the number of the call's random word and of the
-    half of that word, such as "2.1".
+    Dropped elements are crossed out; the probability is 0.2 so that there are enough. A call of the random generator
+    Philox returns four words, and each half of a word decides one element. The elements of two calls are coloured. The
+    text in a coloured element gives its word and half: "2.1" is half 1 of word 2, both counted from 0.
     """
     size = 16
     keep = reference.dropout_keep_matrix(torch.tensor([SEED]), 1, torch.tensor([0]), size, size, 2 * DROPOUT_P)[0]

@@ -146,9 +146,9 @@ def rate(products: int, D: int, T: int, total: float) -> float:
 def _lanes(opcode: str) -> str | None:
     """Return the key of LANES that has the rate of an opcode: "mufu", "fma", "imad" or "alu", or None.
 
-    "mufu" are special functions such as exp2, and "fma" is floating-point arithmetic. "imad" is integer multiply-add,
-    which runs on the unit of "fma" at half the rate, so `bound` adds the two up. "alu" is everything else, such as
-    logic and comparisons. The result is None for memory, control flow, tensor cores and the uniform datapath.
+    The result is None for memory, control flow, tensor cores and the uniform datapath. Of the other opcodes, "mufu" is
+    for special functions such as exp2, "fma" for floating-point arithmetic, and "imad" for integer multiply-add. "alu"
+    is for all the rest, such as logic and comparisons.
     """
     if opcode in _MEMORY or opcode in _CONTROL:
         return None

@@ -26,8 +26,8 @@ PATH = Path(launch_configs.__file__)
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
     """Return `text`, the source of kernels/launch_configs.py, with the rows of `op` in TABLES replaced by `rows`.
 
-    A `Row` is a launch configuration: kernel, architecture, element size, size, numbers of the configuration, source.
-    Raise `ValueError` unless TABLES has exactly one table of the op. No file is written.
+    A `Row` is a launch configuration for a kernel and an architecture, up to an element size in bytes and up to a head
+    size (attention) or width. Raise `ValueError` unless TABLES has exactly one table of the op. No file is written.
     """
     lines = []
     for row in rows:
@@ -66,10 +66,9 @@ def main() -> None:
     """Measure launch configurations on the GPU (--compare FILE), or ship a table of them (--ship TABLE).
 
     With --compare, the time of each configuration is appended to FILE as a line of JSON, for the ops that the command
-    line names, by default all. The shapes of an op fall into classes: a kernel, an element size and a largest size.
-    --part 2/8 measures every eighth class from the second on, so that eight processes can share the work. With --ship,
-    the rows of TABLE are written into kernels/launch_configs.py. Exit with a message for an unknown op, and with
-    --compare if there is no GPU.
+    line names, by default all. --part 2/8 does the second of eight parts of this work, so that eight processes can
+    share it. With --ship, the rows of TABLE are written into kernels/launch_configs.py. Exit with a message for an
+    unknown op, and with --compare if there is no GPU.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")

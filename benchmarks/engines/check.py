@@ -66,16 +66,14 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
     or prompt also raises `ValueError`.
 
     A `PlainGPT` with the model's weights computes exact logits in float64. The distance of a generated token is the
-    largest exact logit at its position minus the exact logit of this token. The errors are the differences between the
-    exact logits and the logits of `yardstick`, a copy of this `PlainGPT` in the engine's precision.
+    largest exact logit at its position minus the exact logit of this token. The errors [B, NEW, V] are the differences
+    between the exact logits and the logits of `yardstick`, a copy of this `PlainGPT` in the engine's precision.
 
-    The largest distance may be 2 · (MAX_FACTOR · e + f), where e is the largest error. f is FLOOR times the largest
-    magnitude of an exact logit, and allows for float32 rounding. The factor 2 is there because a distance is the
-    difference of two logits. The mean distance of each row has the same limit, but with the root mean square of the
-    errors as e.
-
-    In int4 the errors are larger than the differences between logits, so the limit of the means is another one. It is
-    MAX_FACTOR times the mean distance of the text that `yardstick` itself generates, without f.
+    - No distance may exceed 2 · (MAX_FACTOR · e + f). e is the largest magnitude of an error, and f is FLOOR times the
+      largest magnitude of an exact logit. The factor 2 is there because a distance is the difference of two logits.
+    - No row's mean distance may exceed 2 · (MAX_FACTOR · r + f), where r is the root mean square of all errors.
+    - In int4 the limit of a row's mean distance is MAX_FACTOR · d instead. d is the mean distance of all tokens that
+      `yardstick` generates from the same prompts.
     """
     text = generate(tokens, NEW)
     B, T = tokens.shape

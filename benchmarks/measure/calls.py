@@ -35,10 +35,11 @@ def prepare(function: Callable[..., Any], inputs: list[tuple], passes: str) -> l
 
 
 def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, ...]) -> Call:
-    """Return one call without arguments that runs all passes of an op or job, to measure its peak memory.
+    """Return one call without arguments of `function`, an op or job, to measure the peak memory of all its passes.
 
-    `inputs` are the positional arguments of `function`. `passes` are the names of the passes. With "backward" among
-    them the call runs forward and backward, because memory kept in between counts. Otherwise it runs the first pass.
+    `inputs` are the positional arguments of `function`, and `passes` the names of its passes. If "backward" is among
+    them, the call runs forward and backward. Otherwise it runs the first pass only; all ops and jobs without "backward"
+    have just one pass.
     """
     return _prepare(function, inputs, "training" if "backward" in passes else passes[0])
 

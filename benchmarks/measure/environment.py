@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.measure.floors import bf16_products, int8_products
 from gpt_fast import build_info
+from gpt_fast.ops._products import cpu_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("triton", "transformers", "liger-kernel", "openvino", "nncf", "ctranslate2", "onnxruntime")
@@ -45,16 +46,11 @@ def device_name(device: str) -> str:
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     vectors = torch.backends.cpu.get_cpu_capability()
     products = [name for name, has in (("bf16", bf16_products(device)), ("int8", int8_products())) if has]
     threads = torch.get_num_threads()
     instructions = ", ".join([vectors, *products])
-    return f"{model} ({instructions}), {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
+    return f"{cpu_model()} ({instructions}), {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
 
 
 def slug(device: str) -> str:

@@ -83,7 +83,7 @@ def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, d
     """Measure the speed limits of a device, "cpu" or "cuda". Yield (name, {"rate", "q1", "q3"}) for each.
 
     The names are "copy", "read" and "matmul <dtype>", such as "matmul float32". "rate" is the median, "q1" and "q3" are
-    the quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds of a CPU are CPU seconds of the process.
+    the quartiles, in bytes or FLOPs a second. With `cpu_time`, a CPU's rates are per second of the process's CPU time.
     """
     for floor in floors(device):
         watch = Stopwatch(device, [floor.build()], cpu_time=cpu_time)

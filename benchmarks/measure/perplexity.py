@@ -34,8 +34,9 @@ def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
 def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
     """Return {precision of the weights: perplexity} of the model on token windows [B, T], for each of `WEIGHTS`.
 
-    WEIGHTS has "float32", "bfloat16", "int8" and "int8-a16". For each, a new `DecodeSession` predicts every token of a
-    window but the first, one decode step after another. The model must be on the CPU.
+    WEIGHTS has "float32", "bfloat16", "int8" and "int8-a16". The last two have the same int8 weights, but "int8" rounds
+    the inputs of products to 8 bits, "int8-a16" to 16 bits. A new `DecodeSession` for each precision predicts every
+    token of a window but the first, in one decode step each. The model must be on the CPU.
     """
     found = {}
     for weights in WEIGHTS:

@@ -74,17 +74,20 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
     A `Topic` is an op or job, and a `Case` is a topic at fixed sizes, dtype and device. Implementations that the case
     excludes by `case.peers` are in neither list.
 
-    Topics with `pair_bytes` train whole models, which take long to compile. Their compiled implementations are measured
-    on the larger cases only, never on the small cases that a quick run measures (`case.quick`). This holds in full runs
-    too. `quick` is True in a quick run, and only changes the wording of the reason.
+    Topics with `pair_bytes` train whole models, which take long to compile. In a quick run (`quick`), all their
+    compiled implementations are in the second list. In a full run on a CPU, their compiled implementations are in the
+    second list only for the smallest cases (`case.quick`).
     """
     run, missing = [], []
     for peer in topic.peers:
         if case.peers and peer.name not in case.peers:
             continue
         reason = peer.missing(case)
-        if reason is None and case.quick and peer.compiles and topic.pair_bytes:
-            reason = "compiling whole models is left to the larger cases" + (", not in a quick run" if quick else "")
+        if reason is None and peer.compiles and topic.pair_bytes:
+            if quick:
+                reason = "a quick run compiles no whole models"
+            elif case.quick and case.device == "cpu":
+                reason = "compiling whole models is left to the larger cases"
         if reason is None:
             run.append(peer)
         else:
@@ -185,16 +188,16 @@ def _take_turns(
 ) -> dict[Peer, dict[str, Any]]:
     """Time one pass of every implementation, in turns. Return {implementation: summary of its times}.
 
-    `functions` has the function of each implementation, and `inputs` has tuples of their arguments. `passes` names the
-    pass. `before` runs untimed before each call, unless it is None. `budget` sets the number of rounds. With `replays`,
-    calls are timed as CUDA graphs if they can be captured.
+    `functions` maps an implementation to its function. `inputs` has tuples of arguments; the calls of every function
+    use each tuple in turn. `passes` names the pass. `before` runs untimed before each call, unless it is None. `budget`
+    sets the number of rounds. With `replays`, calls are timed as CUDA graphs if they can be captured.
 
     A summary has "median", "q1", "q3" and "first" (the first call) in seconds, and the number of "rounds". If gpt_fast
     is timed too, the others also have "to_ours": median and quartiles of the ratio to its time. If graphs were timed,
     "host" is the host's seconds for a direct call.
 
     An implementation whose first call fails is appended to `failed` with the error, and is not in the result. Errors of
-    gpt_fast's own are raised, except out of memory.
+    gpt_fast's implementation are raised, except out of memory.
     """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
@@ -292,10 +295,10 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
 def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     """Measure the topics and studies and write a results file for each. Return an `Outcome`.
 
-    Its `files` are the paths of the results files, in `settings.out`/<device>. `refused` maps the name of a topic or
-    study whose tests failed to their output; it is not timed. `interrupted` is True if Ctrl-C or SIGTERM ended the run,
-    which keeps what was measured, marked partial. The tests run first, unless `settings.untested` is set. The callbacks
-    of `settings` are called on the way.
+    The tests of each topic or study run first, unless `settings.untested` is set. If the tests fail, the topic or study
+    is not measured, and the outcome's `refused` maps its name to the output of the tests. `files` are the paths of the
+    results files, in `settings.out`/<device>. `interrupted` is True if Ctrl-C or SIGTERM ended the run. The results so
+    far are then kept, marked partial. The callbacks of `settings` are called on the way.
 
     Raises:
         OSError: if the folder cannot be written; before anything is measured.
@@ -361,11 +364,11 @@ def _now() -> dict[str, Any]:
 
 
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
-    """Measure a study and write its record to `path`, then pass it to `settings.studied` and advance the progress bar.
+    """Measure a study and write its record to `path`, unless the record is complete from an earlier run.
 
-    `record` is the content of the study's results file. If it has no results yet, they are added in place, with a
-    "date". If it has a "date", it is complete from an earlier run, and nothing is measured or written. With
-    `settings.busy` a busy process runs beside.
+    `record` is the content of the study's results file. It is complete if it has a "date". Otherwise the results and a
+    "date" are added to it in place. With `settings.busy` a busy process runs during the measurement. In either case the
+    progress bar advances by one step, and `settings.studied` is called with the study and the record.
     """
     settings.advance(0, study.name)
     if "date" not in record:
@@ -432,10 +435,11 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
 
 
 def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
-    """Return copies of gpt_fast's implementations among `peers`, for a busy run's times without its busy process.
+    """Return copies of gpt_fast's implementations among `peers`: the quiet baseline of a run beside a busy process.
 
-    gpt_fast's are those whose names start with "gpt_fast". The caller runs the copies with one thread less, as if the
-    process kept a core. Their names end in ", quiet, with one thread less", so that their records are kept apart.
+    The caller times the copies without that process, and with one thread less, because the process would take a core.
+    Their names end in ", quiet, with one thread less", so that their records are kept apart. An implementation is
+    gpt_fast's if its name starts with "gpt_fast".
     """
     ours = [peer for peer in peers if peer.name.startswith(OURS)]
     return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]

@@ -139,14 +139,14 @@ class Stopwatch:
         return self.first
 
     def warm_up(self) -> float:
-        """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last call.
+        """Make up to four calls before the timed rounds. Return the seconds of the last call.
 
-        Several calls warm up because, for example, the second step of a training still allocates new memory. No call is
-        begun once the calls after the first have taken LONG / 2 (0.5) seconds together. The last call is recorded as a
-        round only if it took more than VERY_LONG (8 s), so that it need not be repeated.
+        The first call is made here, unless `start` made it. If it took more than VERY_LONG (8 s), and did not compile
+        (the constructor's `compiles`), it is also the last. Otherwise one to three calls follow. No further call begins
+        once these have taken LONG / 2 (0.5) seconds together. Several calls warm up because, for example, the second
+        step of a training still allocates new memory.
 
-        Without the constructor's `compiles`, a first call that took more than VERY_LONG is the only call. It is
-        recorded as a round, and its seconds are returned.
+        The last call is recorded as a round if it took more than VERY_LONG, so that it need not be repeated.
         """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:

@@ -32,8 +32,8 @@ def work_with(case: Case, weights: str) -> Work:
     of products to 16 bits, not 8. A case with the size "new" counts its decode steps, any other the reading of its
     prompt. Keys and values in the cache have 4 bytes with "float32", else 2.
 
-    The result's `product` is "" for "float32", else "bfloat16". "bfloat16" allows the speed limit of a float32 case to
-    follow from the rate of bfloat16 products, if that is higher than the rate of float32 products.
+    The case's speed limit follows from the fastest measured rate of matrix products. Besides float32, the rate of the
+    result's `product` counts: "bfloat16", or "" (none) with "float32" weights. No rate of int8 products is measured.
     """
     size, element = case.size, ELEMENT[weights]
     if "new" in size:

@@ -361,9 +361,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def loss_of(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of `model`, an instance of a class in MODELS, on tokens and labels, both [B, T].
 
-    `idx` are the token ids, and `targets` the labels of the same positions, which are the next tokens. The loss is
-    computed as users of that model do: outside of `Separate`, inside of all others. The model may be wrapped by
-    `torch.compile` or DistributedDataParallel.
+    `idx` are the token ids. `targets[b, t]` is the label of position t in row b, usually the token after `idx[b, t]`.
+    `Separate` returns logits, from which this function computes the loss. All other models compute the loss themselves.
+    The model may be wrapped by `torch.compile` or DistributedDataParallel.
     """
     inner = getattr(model, "_orig_mod", getattr(model, "module", model))
     if isinstance(inner, Separate):

@@ -44,8 +44,8 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths N.
 
     On a GPU, M is 32768, in bfloat16, each with dropout 0 and 0.1. On a CPU, M is 1024, in float32 and bfloat16, each
-    with dropout 0 and 0.1. One more CPU case has M = 32768 and N = 768, in float32 with dropout 0.1. A quick run has
-    only width 768 of these: on a CPU in float32 with 1024 rows.
+    with dropout 0 and 0.1. One more CPU case has M = 32768 and N = 768, in float32 with dropout 0.1. The cases of width
+    768 (on a CPU those in float32 with 1024 rows) have the field `quick` set, so that a quick run measures them too.
     """
     if device == "cuda":
         for N in WIDTHS:
@@ -90,8 +90,9 @@ def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call without arguments) for each width with a launch configuration, first forward, then backward.
 
     Both calls of a width have one label, such as "N=768 bfloat16 dropout". They launch the kernels as training does:
-    with dropout 0.1, in bfloat16, and with a gradient for both outputs. The tensors are on the device `meta`, so the
-    calls can only be recorded, which tools/record_launches.py does. `kernels` is the module kernels/add_layer_norm.py.
+    with dropout 0.1, in bfloat16, and with a gradient for both outputs. The tensors are on the device `meta`, so no
+    kernel runs: tools/record_launches.py records the types and constants of each launch, with which tools/codegen.py
+    compiles the kernel. `kernels` is the module kernels/add_layer_norm.py.
     """
     from kernels import launch_configs
 

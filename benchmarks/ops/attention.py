@@ -51,13 +51,13 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda".
 
     On a GPU, each case has 16384 tokens, in bfloat16, with dropout 0 and 0.1. Head size 64 has a series over the
-    sequence length T, from 1024 to 16384. Head size 128 has T = 1024 and 4096. A quick run has head size 64 with T =
-    1024 and 4096.
+    sequence length T, from 1024 to 16384. Head size 128 has T = 1024 and 4096. Those of head size 64 with T = 1024 and
+    4096 have the field `quick` set, so that a quick run measures them too.
 
     On a CPU, batches of 4 sequences with T = 256 and 1024 have dropout 0 and 0.1. Their dtypes are float32 and
     bfloat16. If the CPU lacks instructions for bfloat16, that dtype is limited to three implementations. A series of
-    one sequence over T, 1024 to 16384, is in float32 without dropout, for six implementations. A quick run has T = 256,
-    but no limited cases.
+    one sequence over T, 1024 to 16384, is in float32 without dropout, for six implementations. The cases with T = 256
+    that are not limited have `quick` set.
     """
     if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
         for T in LENGTHS:
@@ -181,8 +181,9 @@ def launches(kernels: ModuleType) -> Launches:
 
     Then come candidates: launch configurations that no GPU has measured yet. A candidate is for the forward or the
     backward kernels. It gives two pairs in bfloat16: its call without dropout, then with dropout. The call does nothing
-    if the current architecture is not the candidate's. The tensors are on the device `meta`, so a call can only be
-    recorded, which tools/record_launches.py does. `kernels` is the module kernels/attention.py.
+    if the current architecture is not the candidate's. The tensors are on the device `meta`, so no kernel runs:
+    tools/record_launches.py records the types and constants of each launch, with which tools/codegen.py compiles the
+    kernel. `kernels` is the module kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
@@ -204,10 +205,10 @@ def launches(kernels: ModuleType) -> Launches:
 def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
     """Return (forward call, backward call) of causal attention with head size D, for tensors of `dtype`.
 
-    The calls take no arguments. Their tensors are on the device `meta`, so the calls can only be recorded. q, k and v
-    are views of one packed projection, and backward computes the projection's gradient. B, T and H are constants. The
-    dropout probability `p` must be 0 or 0.1, because the dropout threshold is a constant. `kernels` is the module
-    kernels/attention.py.
+    The calls take no arguments. Their tensors are on the device `meta`, so no kernel runs, and only the launches are
+    recorded. q, k and v are views of one packed projection, and backward computes the projection's gradient. B, T and H
+    are constants. The dropout probability `p` must be 0 or 0.1, because the dropout threshold is a constant. `kernels`
+    is the module kernels/attention.py.
     """
     B, T, H = 2, 4096, 4
     qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
@@ -224,9 +225,8 @@ def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Ca
 def candidates(kernels: ModuleType) -> list[list[Any]]:
     """Return groups of unmeasured launch configurations of attention, each group a list of rows to try together.
 
-    A row is a `launch_configs.Row` of `launch_configs.CANDIDATES`. First comes each row for the forward kernel as a
-    group of its own. The last group has all rows for the backward kernels, or none. `kernels` is the module
-    kernels/attention.py.
+    A row is a `launch_configs.Row` of `launch_configs.CANDIDATES`. First comes a group of one for each row for the
+    forward kernel. The last group has all rows for the backward kernels. `kernels` is the module kernels/attention.py.
     """
     rows = kernels.launch_configs.CANDIDATES[OP]
     return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]

@@ -37,8 +37,8 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": batch sizes 1 and 8 with caches of 256 and 1024 rows.
 
-    All have GPT-2's 12 heads of size 64, in bfloat16 on a GPU and float32 on a CPU. A quick run has those with 1024
-    rows.
+    All have GPT-2's 12 heads of size 64, in bfloat16 on a GPU and float32 on a CPU. Those with 1024 rows have the field
+    `quick` set, so that a quick run measures them too.
     """
     for B in (1, 8):
         for S in (256, 1024):
@@ -63,8 +63,9 @@ def launches(kernels: ModuleType) -> Launches:
 
     Head size 64 also comes in float16 and float32, and 256 in float32. Each shape gives two calls. The first attends
     from one query of each sequence to its cache. The second, with " append" after its label, stores a new key and value
-    before. A label is such as "D=64 bfloat16 append". The tensors are on the device `meta`, so the calls can only be
-    recorded, which tools/record_launches.py does. `kernels` is the module kernels/decode_attention.py.
+    before. A label is such as "D=64 bfloat16 append". The tensors are on the device `meta`, so no kernel runs:
+    tools/record_launches.py records the types and constants of each launch, with which tools/codegen.py compiles the
+    kernel. `kernels` is the module kernels/decode_attention.py.
     """
     from kernels import launch_configs
 

@@ -40,7 +40,8 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda", each with dropout 0 and 0.1.
 
     All have GPT-2's vocabulary. A GPU gets 16 sequences of 1024 tokens at width 768, in bfloat16. A CPU gets 4
-    sequences of 256 tokens at GPT-2's four widths, in float32. A quick run has width 768.
+    sequences of 256 tokens at GPT-2's four widths, in float32. The cases of width 768 have the field `quick` set, so
+    that a quick run measures them too.
     """
     B, T = (16, 1024) if device == "cuda" else (4, 256)
     size = {"B": B, "T": T, "V": 50257, "C": 768}
@@ -73,8 +74,9 @@ def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call without arguments) for GPT-2's embedding tables with dropout, in bfloat16, then in float32.
 
     Each dtype gives two calls with one label, first forward, then backward. A label is such as "C=768 bfloat16
-    dropout". The tensors are on the device `meta`, so the calls can only be recorded, which tools/record_launches.py
-    does. `kernels` is the module kernels/embedding.py.
+    dropout". The tensors are on the device `meta`, so no kernel runs: tools/record_launches.py records the types and
+    constants of each launch, with which tools/codegen.py compiles the kernel. `kernels` is the module
+    kernels/embedding.py.
     """
     for dtype in (torch.bfloat16, torch.float32):
         V, P, C, T = 50257, 1024, 768, 1024

@@ -41,7 +41,8 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths N.
 
     On a GPU, M is 32768, in bfloat16. On a CPU, M is 1024, and for width 768 also 32768, each in float32 and bfloat16.
-    A quick run has only width 768, on a CPU with 1024 rows.
+    The cases of width 768, on a CPU those with 1024 rows, have the field `quick` set, so that a quick run measures them
+    too.
     """
     if device == "cuda":
         for N in WIDTHS:
@@ -87,8 +88,8 @@ def launches(kernels: ModuleType) -> Launches:
     The shapes are the greatest width of each launch configuration in bfloat16, and GPT-2's width 768 in three dtypes. A
     label is such as "N=768 bfloat16". Then come candidates, which are launch configurations that no GPU has measured
     yet: one forward call each, which does nothing on another architecture than the candidate's. The tensors are on the
-    device `meta`, so the calls can only be recorded, which tools/record_launches.py does. `kernels` is the module
-    kernels/layer_norm.py.
+    device `meta`, so no kernel runs: tools/record_launches.py records the types and constants of each launch, with
+    which tools/codegen.py compiles the kernel. `kernels` is the module kernels/layer_norm.py.
     """
     from kernels import launch_configs
 

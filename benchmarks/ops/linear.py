@@ -35,8 +35,9 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a CPU: the four matrix products of a GPT-2 block and a square one.
 
-    The products have 1024 rows, in float32, and in bfloat16 if the CPU has instructions for it. The smallest product is
-    also in a quick run. `device` is "cpu" or "cuda"; "cuda" has no cases, because PyTorch's kernel runs there.
+    The products have 1024 rows, in float32, and in bfloat16 if the CPU has instructions for it. The cases of the
+    smallest product have the field `quick` set, so that a quick run measures them too. `device` is "cpu" or "cuda";
+    "cuda" has no cases, because PyTorch's kernel runs there.
     """
     if device == "cpu":
         C = 768

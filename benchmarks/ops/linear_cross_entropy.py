@@ -37,12 +37,13 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": N rows, width C, vocabulary size V, no dropout.
 
     A GPU gets GPT-2's vocabulary at GPT-2's four widths, with 16384 rows, and a series over V with 8192 rows, all in
-    bfloat16. A quick run has width 768 with GPT-2's vocabulary only.
+    bfloat16. The case of width 768 with GPT-2's vocabulary has the field `quick` set, so that a quick run measures it
+    too.
 
     A CPU gets GPT-2's vocabulary at GPT-2's four widths, with 1024 rows, in float32. The three larger widths are
     limited to gpt_fast and PyTorch. Width 768 also runs in bfloat16, limited to gpt_fast and PyTorch if the CPU lacks
     instructions for it. A series over V with 512 rows is in float32, limited to gpt_fast, PyTorch and the reference. A
-    further case has 256 rows of width 768 in float32; a quick run has this case only.
+    further case, with `quick` set, has 256 rows of width 768 in float32.
     """
     if device == "cuda":
         yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
@@ -71,9 +72,9 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_loss(case: Case) -> Function:
-    """Return a function (x, weight, target) → mean loss that stores all logits in float32. `case` is not used.
+    """Return a function (x, weight, target) → mean loss that calls PyTorch's linear and cross_entropy.
 
-    It calls PyTorch's linear and cross_entropy.
+    The logits are computed in the dtype of x, then all of them are stored in float32. `case` is not used.
     """
     return lambda x, weight, target: F.cross_entropy(F.linear(x, weight).float(), target)
 
@@ -126,9 +127,9 @@ def launches(kernels: ModuleType) -> Launches:
     Plain bfloat16 gives three calls: the mean loss with gradients, without gradients (" no_grad"), and the backward
     pass of one loss per row (" single losses"). Then comes the mean loss with gradients for four variants. Two are in
     bfloat16: one with a bias and label smoothing, one with a transposed weight. Two have a bias, with x, weight and
-    bias all in float16 or all in float32. A label is such as "V=50257 C=768
-    bfloat16 no_grad". The tensors are on the device `meta`, so the calls can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/linear_cross_entropy.py.
+    bias all in float16 or all in float32. A label is such as "V=50257 C=768 bfloat16 no_grad". The tensors are on the
+    device `meta`, so no kernel runs: tools/record_launches.py records the types and constants of each launch, with
+    which tools/codegen.py compiles the kernel. `kernels` is the module kernels/linear_cross_entropy.py.
     """
     V, C = 50257, 768
     bfloat16 = torch.bfloat16

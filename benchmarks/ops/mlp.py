@@ -62,11 +62,12 @@ def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths C.
 
     On a GPU, M is 16384, in bfloat16; width 768 also comes with dropout 0.1. On a CPU, M is 512 and 1024, in float32;
-    width 768 also comes with dropout 0.1 for each M. A quick run has width 768 without dropout, on a CPU with 512 rows.
+    width 768 also comes with dropout 0.1 for each M. The case to measure in a quick run is marked by its field `quick`:
+    width 768 without dropout, on a CPU with 512 rows.
 
-    On a CPU, bfloat16 runs at width 768 only. If the CPU has instructions for bfloat16, the only case is 512 rows with
-    dropout. If the CPU lacks them, there are two cases for gpt_fast and PyTorch only: 1024 rows without dropout, and
-    1024 rows with it.
+    On a CPU there are also cases in bfloat16, at width 768 only. If the CPU has instructions for bfloat16, there is one
+    such case: 512 rows with dropout. If the CPU lacks them, there are two, for gpt_fast and PyTorch only: 1024 rows
+    without dropout, and 1024 rows with it.
     """
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:
@@ -122,8 +123,8 @@ def launches(kernels: ModuleType) -> Launches:
     First comes each activation with and without dropout in bfloat16. Then come four variants of gelu_tanh with dropout:
     the transposed weights of a Conv1D, a width that tensor descriptors cannot take, float16 and float32. The last are
     decode steps: one row, forward only. A label is such as "gelu_tanh bfloat16 dropout". The tensors are on the device
-    `meta`, so the calls can only be recorded, which tools/record_launches.py does. `kernels` is the module
-    kernels/mlp.py.
+    `meta`, so no kernel runs: tools/record_launches.py records the types and constants of each launch, with which
+    tools/codegen.py compiles the kernel. `kernels` is the module kernels/mlp.py.
     """
     shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
     shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]

@@ -11,13 +11,13 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 
 
 def main() -> None:
-    """Write a page, README.md, and pictures into each device's folder of results, and print the paths of these pages.
+    """Write README.md and pictures into each device's folder of results, and print the paths of these README.md files.
 
-    Other *.png files in such a folder are deleted.
+    Other *.png files in a device's folder are deleted. The command line may name the folder that holds the devices'
+    folders, by default benchmarks/results. "no results" is printed if no device has results.
 
-    The devices' folders are those in the folder that the command line names, by default benchmarks/results. Only
-    without an argument the marked blocks of the checkout's README.md and docs/index.md, and the page
-    docs/performance/results.md, are rewritten too. "no results" is printed if there is none.
+    Without an argument, three files of the documentation are rewritten too: docs/performance/results.md as a whole, and
+    the marked blocks in docs/index.md and in the README.md at the root of the checkout.
     """
     if len(sys.argv) > 1:
         pages = write_pages(Path(sys.argv[1]))

@@ -117,10 +117,10 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
 
 
 def target_section(runs: list[Run]) -> list[str]:
-    """Return the lines of Markdown on the speed targets and whether they were met, or [] if there are none.
+    """Return the lines of Markdown with a table of speed targets and whether they were met.
 
-    `runs` are the contents of topics' results files. A second list names the implementations whose targets do not
-    count, because the device lacks instructions for them.
+    A list below the table names the implementations with targets that do not count, because the device lacks
+    instructions for them. Return [] if no target could be judged. `runs` are the contents of topics' results files.
     """
     rows, unjudged = targets.rows(runs), targets.unjudged(runs)
     lines = ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []

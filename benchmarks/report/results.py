@@ -49,17 +49,20 @@ def write(run: Run, path: Path) -> None:
 def read(path: Path) -> Run:
     """Return the content of the results file of a topic (an op or a whole-model job) as a dict.
 
-    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
-    "records" and "missing". "suite" is "ops", "train" or "decode". "partial" is True if the run was cut off. "sessions"
-    has a dict for each start of the program, and "records" one for each measured pair of case and implementation.
-    "missing" has a dict with "case", "peer" (the implementation) and "reason" for each pair that was not measured.
-
-    Some files also have "untested": True, if the tests were not run before, and "busy": True, if a busy process ran
-    beside. Types of fields and keys of records are checked.
+    - "schema", "version": format of the file
+    - "topic": name of the topic; "suite": "ops", "train" or "decode"
+    - "device", "versions", "commit": dicts that `environment.describe` returned
+    - "quick": True if fewer cases were measured; "partial": True if the run was cut off
+    - "sessions": list with a dict for each start of the program, which `session` describes
+    - "records": list with a dict for each measured pair of case and implementation, which `runner.measure` describes;
+      the dict also has "session", an index into "sessions"
+    - "missing": list with {"case", "peer" (the implementation), "reason"} for each pair that was not measured
+    - in some files "untested": True, if the tests were not run before, and "busy": True, if a busy process ran beside
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is no results file of these benchmarks, or has another version, or is damaged.
+        ValueError: if the file is no results file of these benchmarks or has another version, if a field is missing or
+            of another type, or if a record lacks a key.
     """
     run = _load(path)
     wrong = [name for name, kind in _RUN.items() if not isinstance(run.get(name), kind)]
@@ -71,9 +74,9 @@ def read(path: Path) -> Run:
 def read_study(path: Path, study: Study) -> dict[str, Any]:
     """Return the content of a study's results file as a dict.
 
-    A study is a measurement whose results file has fields that no other file has. The keys are "schema", "version",
-    "topic", "suite", "quick", "device", "versions", "commit", "date" and "load", and the fields of the study, among
-    them `study.fields`. "topic" is the study's name, and "suite" is "ops", "train" or "decode".
+    A study is a measurement whose results have a form of their own. The keys are "schema", "version", "topic", "suite",
+    "quick", "device", "versions", "commit", "date" and "load", and the names in `study.fields`, which are the results.
+    "topic" is the study's name, and "suite" is "ops", "train" or "decode". Further keys are allowed.
 
     Raises:
         OSError: if there is no file.
@@ -179,9 +182,9 @@ def find(run: Run, case: str, peer: str) -> Record | None:
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
     """Return {case's name: {implementation: record}} of a run, with gpt_fast's record first in each case.
 
-    `run` is the content of a topic's results file. Otherwise cases and records keep the file's order. A record is a
-    dict with the results of one implementation on one case: "times", "work" (least bytes and FLOPs) by pass,
-    "peak_memory", and facts of the case, such as "sizes" and "dtype".
+    The cases, and the other records of a case, are in the file's order. `run` is the content of a topic's results file.
+    A record is a dict with the results of one implementation on one case: "times", "work" (least bytes and FLOPs) by
+    pass, "peak_memory", and facts of the case, such as "sizes" and "dtype".
     """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:

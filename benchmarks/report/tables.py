@@ -134,9 +134,10 @@ def summary(runs: list[Run]) -> list[list[str]]:
     """Return a row of four cells for each complete case and pass of the quiet runs.
 
     The cells are the case and pass, gpt_fast's time, the share of the speed limit that it reaches, and a comparison.
-    The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's name, or "".
-    `runs` are the contents of topics' results files. A quiet run has no busy process beside it. A case is complete if
-    gpt_fast was measured and no implementation was excluded on purpose.
+    The comparison is gpt_fast's speed as a multiple of the speed of the fastest rival, followed by the rival's name, or
+    "" without a rival. `_against` defines rivals. `runs` are the contents of topics' results files. A quiet run has no
+    busy process beside it. A case is complete if gpt_fast was measured and the suite does not limit the case to chosen
+    implementations.
     """
     lines = []
     for run, case, records in _complete(runs):
@@ -150,23 +151,23 @@ def highlights(runs: list[Run]) -> list[list[str]]:
     """Return a row of four cells for the largest complete case of each topic, dtype and dropout, in quiet runs.
 
     The cells are the case, gpt_fast's time over all passes, the share of the speed limit that it reaches, and a
-    comparison. The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's
-    name, or "".
+    comparison. The comparison is gpt_fast's speed as a multiple of the speed of the fastest rival, followed by the
+    rival's name, or "" without a rival. `_against` defines rivals.
 
-    `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and no implementation
-    was excluded on purpose. The last complete case of a topic, dtype and dropout in its file counts as the largest;
-    sizes are not compared.
+    `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and the suite does not
+    limit the case to chosen implementations. The last complete case of a topic, dtype and dropout in its file counts as
+    the largest; sizes are not compared.
     """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
 
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
-    """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
+    """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest rival's, name of the rival)}.
 
     Each topic, dtype and dropout has at most one case: the last complete one in its file, which counts as the largest.
-    A case is complete if gpt_fast was measured and no implementation was excluded on purpose. The case is left out if
-    nothing was measured to compare gpt_fast with. Runs beside a busy process do not count. `runs` are the contents of
-    topics' results files.
+    A case is complete if gpt_fast was measured and the suite does not limit the case to chosen implementations. The
+    case is left out if no rival was measured. `_against` defines rivals. Runs beside a busy process do not count.
+    `runs` are the contents of topics' results files.
     """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
@@ -177,8 +178,8 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
     """Return [(run, case's name, records by implementation, passes)], one entry for each topic, dtype and dropout.
 
     The entry is the last complete case of that topic, dtype and dropout in quiet runs. This case counts as the largest;
-    sizes are not compared. A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A
-    quiet run has no busy process beside it.
+    sizes are not compared. A case is complete if gpt_fast was measured and the suite does not limit the case to chosen
+    implementations. A quiet run has no busy process beside it.
 
     The case's name begins with the topic and ends in the passes, except that the pass "step" is not named. `passes` are
     the names of the passes in which gpt_fast was measured. `runs` are the contents of topics' results files.
@@ -195,8 +196,8 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
     """Yield (run, "<topic> <case>", records by implementation) for each complete case in quiet runs.
 
-    A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A quiet run has no busy
-    process beside it. `runs` are the contents of topics' results files.
+    A case is complete if gpt_fast was measured and the suite does not limit the case to chosen implementations. A quiet
+    run has no busy process beside it. `runs` are the contents of topics' results files.
     """
     for run in (run for run in runs if not run.get("busy")):
         for case, records in results.by_case(run).items():
@@ -207,10 +208,10 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
     """Return a row of four cells for one case, whose passes named `passes` are taken together.
 
-    The cells are `case`, gpt_fast's time, the share of the speed limit, and a comparison. The comparison is the speed
-    as a multiple of the fastest rival's, with its name, or "" without a rival. `run` is the content of a topic's
-    results file. `records` maps implementation → its record in that file. gpt_fast's record must be there and have the
-    passes.
+    The cells are `case`, gpt_fast's time, the share of the speed limit, and a comparison. The comparison is gpt_fast's
+    speed as a multiple of the speed of the fastest rival, followed by the rival's name, or "" without a rival.
+    `_against` defines rivals. `run` is the content of a topic's results file. `records` maps implementation → its
+    record in that file. gpt_fast's record must be there and have the passes.
     """
     ours = records[OURS]
     against = _against(run, records, passes)
@@ -221,11 +222,13 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
     """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
-    Rivals are the implementations not by gpt_fast that have `Peer.rival` and were measured in all of `passes`, the
-    names of passes. If the suite has dropped the topic, `Peer.rival` is not required. The median times are added up
-    over the passes and divided. For a single pass, the median in "to_ours" of the rival's times is taken instead, if it
-    is there. "to_ours" was measured as the ratio of calls that ran shortly after each other. `run` is the content of a
-    topic's results file. `records` maps implementation → its record in that file.
+    A rival is an implementation that was measured in all of `passes`, the names of passes. Its name must not begin with
+    "gpt_fast", as the names of gpt_fast's variants do. If the suite still has the topic, the topic must list the
+    implementation with the flag `Peer.rival`. The slow reference, for example, lacks this flag.
+
+    The median times are added up over the passes and divided. For a single pass, the median in "to_ours" of the rival's
+    times is taken instead, if it is there. "to_ours" was measured as the ratio of calls that ran shortly after each
+    other. `run` is the content of a topic's results file. `records` maps implementation → its record in that file.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -260,12 +263,12 @@ def beside(runs: list[Run]) -> list[list[str]]:
     """Return a row of cells for each case, implementation and pass that both a busy and a quiet run of a topic have.
 
     A busy run was measured while another process computed in an endless loop, a quiet run was not. `runs` are the
-    contents of topics' results files. The first cells are the case with its implementation, the quiet speed and the
-    busy speed. A speed is in tokens a second for jobs, else a time.
+    contents of topics' results files. A row has five cells and does not name the pass:
 
-    Two percentages follow, the busy speed divided by each of two others. The first is the quiet speed. The second is
-    the speed with one thread less and no busy process; that cell is "" if it was not measured. The file of the busy run
-    has this second speed.
+    - the case and the implementation
+    - the quiet and the busy figure: tokens a second for jobs, else a time (two cells)
+    - the busy speed as a percentage of the quiet speed, below 100 % if the busy run was slower
+    - the busy speed as a percentage of the quiet speed with one thread less, "" if that speed was not measured
     """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
@@ -318,7 +321,8 @@ def floors_line(run: Run, index: int) -> str:
 
     A session is one start of the benchmark program. `run` is the content of a topic's results file. A speed limit is
     the measured rate of a copy, a read or a matrix product. If the vendor's data sheet states a rate for the same work,
-    that rate follows in parentheses. The line also says if the C library kept freed memory.
+    that rate follows in parentheses. If the C library kept freed memory for reuse during the session, the line ends
+    by saying so, because this shortens times on a CPU.
     """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])

@@ -151,9 +151,10 @@ def _total(record: Record, passes: tuple[str, ...]) -> float:
 
 
 def _figure(against: str, value: float) -> str:
-    """Return a target's figure `value` as text: "85%" of the speed limit, "550,000" tokens/s, or a multiple, "1.25 ×".
+    """Return a target's figure `value` as text. `against` names what the target is compared with.
 
-    `against` chooses the form: FLOOR ("the floor") is a share of the measured speed limit. TOKENS ("tokens/s") is
-    tokens a second. Anything else is the name of an implementation that is compared with.
+    - FLOOR ("the floor"): `value` is a share of the measured speed limit, and 0.85 gives "85%".
+    - TOKENS ("tokens/s"): `value` is tokens a second, and 550000 gives "550,000".
+    - an implementation's name: `value` is a multiple of that implementation's speed, and 1.25 gives "1.25 ×".
     """
     return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"

@@ -122,9 +122,10 @@ def read_documents(path: Path, text_column: str = "text") -> list[Document]:
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
     """Return {"train": documents, "valid": documents} with the text of `units`, each a range of a file or data set.
 
-    A unit is for training or for validation; of one for both, each tenth row is for validation. A document is named
-    like its file; ":" and a number follow for a row of a table. `text_column` is the column of a table that holds the
-    text. Rows without text are left out, with one warning. `source` names the data in messages.
+    A unit of plain text is for training or for validation. A unit of table rows may be for both: then each tenth row is
+    for validation. A document is named like its file; ":" and a number follow for a row of a table. `text_column` is
+    the column of a table that holds the text. Rows without text are left out, with one warning. `source` names the data
+    in messages.
 
     Raises:
         ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before

@@ -38,9 +38,9 @@ def class_names(source: str, column: str, labels: Sequence[str], place: Place) -
     "line 5" for example.
 
     Raise `ValueError` if not all labels are numbers and two of them may be one class: they differ only in case, or
-    spell one number, such as 1 and 1.0. Also raise it if a label may mark rows without a label. In a column of numbers,
-    this is -1 if all labels are whole numbers from -1 on and 0 is among them. In any other column, it is "-" if "+" is
-    no label.
+    spell one number, such as 1 and 1.0. Also raise it if a label may mark rows without a label: -1 in a column of whole
+    numbers from -1 on with 0 among them, or "-" in any other column without "+". The message asks the user to skip
+    that label by --skip-label or to list the classes by --labels.
     """
     rows: dict[str, int] = {}
     for row, label in enumerate(labels):
@@ -163,12 +163,12 @@ def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequenc
     """Return the way in which the labels of a column name the right choice: "text", "letters" or "0".
 
     These are the choice's text, a letter from A on, and a number that counts from 0 (see `answer_index`). A way is
-    possible if every row's label names a choice by it. If several ways are possible, the first of them is returned.
-    `labels` and `choices` hold the label and the list of choices of each row.
+    possible if every row's label names a choice by it. If several ways are possible and name the same choice in every
+    row, the first of them is returned. `labels` and `choices` hold the label and the list of choices of each row.
 
-    Raise `ValueError` if no way is possible or two possible ways name different choices. Also raise it if the labels
-    can only be numbers that count from 1, which the user has to confirm by --answers 1. Messages name the file `source`
-    and the position `place(row)` of a row, "line 5" for example.
+    Raise `ValueError` if no way is possible, or if two possible ways name different choices in a row. Also raise it if
+    the labels can only be numbers that count from 1, which the user has to confirm by --answers 1. Messages name the
+    file `source` and the position `place(row)` of a row, "line 5" for example.
     """
     found = {
         reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]

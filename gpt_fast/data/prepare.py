@@ -110,18 +110,19 @@ def _in_folder(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return what data.json holds.
+    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return the content of data.json.
 
-    `units` are ranges of the data to tokenise, and `plan_hash` identifies the inputs. With `settings.overwrite`, the
-    folder is deleted first. Otherwise, if the folder already holds the files of that hash, this function returns
-    data.json at once. If a stopped run with that hash left the token files of single units, it resumes from them.
+    `prepare` lists its keys. `units` are ranges of the data to tokenise, and `plan_hash` identifies the inputs. If the
+    folder already holds the files of that hash, this function returns at once. If a stopped run with that hash left the
+    token files of single units, it resumes from them. With `settings.overwrite`, it deletes the folder first instead.
     `show(done, total)` is called with the number of units that are done and of all units, `say` with messages for the
     user.
 
-    Raise `FileExistsError` if the folder holds files that this command did not write, or, unless `settings.overwrite`,
-    tokens of other inputs. Raise `ValueError` for bad data, after the files that were made from it are deleted. Raise
-    `ChildProcessError` if a worker process was killed, and `OSError` if a file cannot be read or written. Both messages
-    state how many units are done. An `Interrupted` passes through with the same statement in its attribute `saved`.
+    Raise `FileExistsError`, before anything is deleted, if the folder holds files that this command did not write.
+    Without `settings.overwrite`, also raise it for tokens of other inputs. Raise `ValueError` for bad data, after the
+    files that were made from it are deleted. Raise `ChildProcessError` if a worker process was killed, and `OSError` if
+    a file cannot be read or written. Both messages state how many units are done. An `Interrupted` passes through with
+    the same statement in its attribute `saved`.
     """
     out, parts = settings.out, settings.out / PARTS
     if (
@@ -328,9 +329,9 @@ def _start_worker(watched: int, held: int) -> None:
 
 
 def _end_with(watched: int) -> None:
-    """Wait until the parent closes the write end of the pipe `watched`, a file descriptor. Then end this process.
+    """Wait until the parent ends or closes its end of a pipe, the write end. Then end this process.
 
-    The exit code is 1, and no clean-up code runs.
+    `watched` is the file descriptor of the read end. The exit code is 1, and no clean-up code runs.
     """
     os.read(watched, 1)  # returns when the parent's end is closed
     os._exit(1)
@@ -467,11 +468,11 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:
-    """Yield pieces of the training text of `units`, some 100 million characters at most, to learn a vocabulary from.
+    """Yield pieces of the training text of `units`, from which a vocabulary is learned.
 
-    The last piece is the one with which 100 × 2**20 characters are reached. Units are taken from all over the data, in
-    the order of a hash. Text for validation is skipped. `text_column` is the column of a table that holds the text.
-    Rows without text yield "".
+    The generator stops after the piece that brings the sum to 100 × 2**20 characters or more, or at the end of the
+    data. Units are taken from all over the data, in the order of a hash. Text for validation is skipped. `text_column`
+    is the column of a table that holds the text. Rows without text yield "".
     """
     room = SAMPLE
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):

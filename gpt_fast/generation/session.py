@@ -133,10 +133,10 @@ class DecodeSession:
         self._make_step()
 
     def _make_step(self) -> None:
-        """Create the object that runs the decode steps, `self._step`.
+        """Create `self._step`, which runs the decode steps: a `TorchStep` if `kind` is "torch", else a `CppStep`.
 
-        It is a `TorchStep` if `kind` is "torch", else a `CppStep`. It reads or copies the parameters at their current
-        addresses, which are recorded for later comparisons. So is a checksum of each parameter that it has copied.
+        Record the current addresses of the model's parameters, and a checksum of each parameter that the `CppStep` has
+        copied. Later calls compare them to find out whether the parameters have changed.
         """
         assert self.model is not None
         self._step: TorchStep | CppStep

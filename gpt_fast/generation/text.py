@@ -76,7 +76,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             `config.lm_weight` is above 0. The wrappers of `torch.compile`, DataParallel, DistributedDataParallel and
             PEFT are taken off. Sharded parameters are refused.
         tokens: Prompts [B, T], int64.
-        max_new_tokens: How many tokens each row gets. A row in a batch gets the greedy tokens that it gets alone.
+        max_new_tokens: Number of tokens that each row gets.
         temperature: 0 takes the most probable token.
         top_k: Keep the k most probable tokens.
         top_p: Then keep the fewest tokens whose probabilities add up to it.
@@ -104,7 +104,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             this call alone. If it is None, the model keeps a session for the next call, and makes another one when its
             parameters have changed or moved.
         stream: Called with the new tokens [B] of every step, which are the padding token where a row is done.
-        return_scores: Return the log-probabilities of the new tokens too.
+        return_scores: Return the log-probabilities of the new tokens too, by softmax(logits) before penalty,
+            processors, temperature, top_k, top_p and min_p.
 
     Returns:
         Tokens [B, T + max_new_tokens], or a `GenerateOutput` of tokens and scores with `return_scores=True`.
@@ -126,6 +127,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
 
     Note:
         Logits and the draw are float32. Results are deterministic for a given seed, device and number of threads.
+        Greedy tokens of a row do not depend on the other rows.
 
         Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al. (2024), arXiv:2407.01082, for min_p;
         Keskar et al. (2019), arXiv:1909.05858, for the penalty.
@@ -217,8 +219,8 @@ class _Rows:
     def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
         """Append one new token to each row. Rows that are done, by a stop token, get the padding token instead.
 
-        For rows not done, `last` becomes the new token. The tokens are stored in place, and `ends` grows by 1 in all
-        rows.
+        `ends` [B], the length of each row, grows by 1 in all rows, so it counts this padding. `last` [B], the latest
+        token of each row, changes only in rows that are not done.
 
         Args:
             new: Token ids [B], int64.
@@ -329,8 +331,8 @@ class _Drawing:
             rows: Indices [n] of the session's rows that the logits belong to.
 
         Returns:
-            (tokens [n], their log-probabilities [n] by the unprocessed logits). The log-probabilities are None unless
-            `generate` returns scores.
+            (tokens [n], their log-probabilities [n]). The log-probabilities are log_softmax(`logits`), before penalty,
+            processors and temperature. They are None unless `generate` returns scores.
 
         Raises:
             ValueError: A processor returns anything but logits [n, V], or leaves no token possible in a row; or logits

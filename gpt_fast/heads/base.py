@@ -76,7 +76,10 @@ class Head(Convertible, nn.Module):
         return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Return `nn.Module._apply(fn, recurse)`, the module with `fn` applied to each tensor, and tied if it was."""
+        """Return the head with `fn` applied to each tensor, by `nn.Module._apply(fn, recurse)`.
+
+        If the output layer and the token embedding shared one weight, they share one afterwards, too.
+        """
         tied = self.is_tied()
         super()._apply(fn, recurse)
         if tied:

@@ -54,7 +54,8 @@ class TaskHead(Head):
                 [B, K, T] for multiple choice (K answers).
             labels: Labels, in the shape and dtype that the docstring of the head's class states, such as int64 [B] for
                 classes of sequences.
-            lengths: Number of real tokens of each sequence, for sequences that are padded on the right.
+            lengths: Number of real tokens of each sequence, for sequences that are padded on the right, in the shape of
+                `tokens` without T: [B], [B, 2] or [B, K].
             key_mask: Bool in the shape of `tokens`, True for a real token.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             logits: Not used. It is there because heads for language modelling have this argument.
@@ -209,8 +210,8 @@ class TaskHead(Head):
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
         """Raise `ValueError` if a row of `there` [N, T] is False everywhere. `wanted` says what the row lacks.
 
-        Nothing is checked unless the values of `tokens` may be read: on the CPU or after `check_values`, outside of
-        graphs.
+        This check runs if `tokens` is on the CPU or `gpt_fast.check_values` is enabled, but never while PyTorch records
+        a graph. `tokens` has no other use here.
 
         Raises:
             ValueError: A row is False everywhere.
@@ -224,7 +225,7 @@ class TaskHead(Head):
 
         It is the cross-entropy for "classification" with labels [B], weighted by class if `class_weights` are set. For
         "regression" it is the mean squared error with labels [B, L], or [B] if L is 1. For "multi_label" it is the
-        binary cross-entropy with floating labels [B, L] and `class_weights` as the weights of ones.
+        binary cross-entropy with floating labels [B, L] and `class_weights` as PyTorch's `pos_weight`.
 
         Raises:
             ValueError: The labels have another shape or dtype.
@@ -291,7 +292,8 @@ class TaskHead(Head):
     def _check_classes(self, classes: Tensor, L: int) -> None:
         """Raise `ValueError` unless all `classes` are in [0, L).
 
-        Nothing is checked unless values may be read: on the CPU or after `check_values`, outside of graphs.
+        Off the CPU this check runs only while `gpt_fast.check_values` is enabled. It never runs while PyTorch records a
+        graph.
 
         Raises:
             ValueError: A class is out of range.

@@ -135,9 +135,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _apply(patch: Patch) -> None:
-    """Set the attributes and the forward of `patch` on its module, and mark the module as accelerated.
+    """Set the forward and the instance attributes that `patch` plans on its module, and mark it as accelerated.
 
-    If the patch has no forward, the module keeps its own. The attributes' names are recorded on the module for `_undo`.
+    `patch.forward` is None if only submodules are replaced; the module then keeps its forward. `patch.attributes` maps
+    names to values. The names are recorded on the module for `_undo`.
     """
     vars(patch.module)[_ATTRIBUTES] = tuple(patch.attributes)
     for name, value in patch.attributes.items():
@@ -158,7 +159,7 @@ def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, s
     `patches` is None if there is no such module. A module that is accelerated already, or is this library's own, adds
     no patch. `claimed` holds each known module and all modules inside it, so that they are not searched for
     hand-written code. `report` gets an entry for each module that is replaced or left alone, and a note if the model is
-    this library's own. A `Patch` holds a module and its new forward.
+    this library's own. A `Patch` holds a module, its new forward and attributes to set.
     """
     patches: list[Patch] | None = None
     claimed: set[nn.Module] = set()
@@ -180,7 +181,7 @@ def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
     """Return the patches of `module` and its children if its class is known by name, or None if the class is unknown.
 
     The list is empty if the module is left alone. `name` is its path in the model. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` holds a module and its new forward.
+    module that is replaced or left alone. A `Patch` holds a module, its new forward and attributes to set.
     """
     if "transformers" in sys.modules:  # else nothing here can be one of its models
         from .huggingface import plan

@@ -127,7 +127,7 @@ def activate() -> None:
         A function that is compiled before `activate` or before `restore` keeps the kernels it was compiled with. Call
         `torch.compiler.reset()` to compile such functions anew. While this implementation is active,
         `torch.compiler.config.cache_key_tag` ends in "+gpt_fast.sdpa", which keeps its graphs apart in torch.compile's
-        cache on disk. Set a tag of your own before you call `activate`; `restore` leaves it as it was.
+        cache on disk. Set a tag of your own before `activate`, because a later one overwrites this ending.
     """
     if not _HAS_REGISTRY:
         restore()

@@ -95,9 +95,9 @@ def encoder_layer_forward(
 ) -> Tensor:
     """Run `self`, an `nn.TransformerEncoderLayer`, on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
 
-    The arguments are the same as in the layer's own forward. The masks exclude where they are True or -inf. `src_mask`
+    The arguments are the same as in the forward of its class. The masks exclude where they are True or -inf. `src_mask`
     is [T, T] or [B · heads, T, T], and `src_key_padding_mask` is [B, T]. With `is_causal`, `src_mask` is taken to be
-    the causal mask and not read. The layer's own forward runs instead, with a warning, if the ops do not support the
+    the causal mask and not read. The forward of the class runs instead, with a warning, if the ops do not support the
     call.
     """
     parts = _encoder_parts(self)
@@ -118,8 +118,8 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
     """Run `self`, a block like `reference.TransformerDecoder`, on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
 
     `mask` is [T, T]: bool, True where a token may not attend, or float, -inf there and 0 elsewhere. Without a mask
-    every token attends to all. The block's own forward runs instead, with a warning, if the ops do not support the
-    call.
+    every token attends to all. The forward of the block's class runs instead, with a warning, if the ops do not support
+    the call.
     """
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)
@@ -258,7 +258,7 @@ def _notes_parts(block: Any) -> Parts:
 
 
 def _is_notes_block(module: Any) -> bool:
-    """Return True if `module` has the submodules of `reference.TransformerDecoder`.
+    """Return True if `module` has the submodules of the lecture notes' block, `reference.TransformerDecoder`.
 
     They are multihead_attn, layer_norm1, layer_norm2, dropout1, dropout2 and ff, an `nn.Sequential` of four modules.
     """
@@ -272,8 +272,7 @@ def _why_another_function(block: Any) -> str | None:
     """Return why `block` computes something else than `notes_block_forward`, or None if their outputs agree to 1e-2.
 
     Both run without gradients on one small input with a causal mask, True where a token may not attend. The result is a
-    reason, too, if the block's own forward raises on this input. The modules run in evaluation mode and get their train
-    flags back.
+    reason, too, if the block raises on this input. The modules run in evaluation mode and get their train flags back.
     """
     attn = block.multihead_attn
     weight = attn.in_proj_weight
@@ -299,8 +298,9 @@ def _why_another_function(block: Any) -> str | None:
 def _why_not(parts: Parts) -> str | None:
     """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can.
 
-    Reasons are a module that is no plain `nn.MultiheadAttention` (another class, hooks or a forward of its own),
-    batch_first=False, keys or values of another width, extra keys, and heads wider than 256.
+    Reasons are an attention module of another class than `nn.MultiheadAttention`, hooks, and a forward set on the
+    instance. Others are batch_first=False, other `kdim` or `vdim`, `add_bias_kv`, `add_zero_attn`, and heads wider
+    than 256.
     """
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
@@ -363,9 +363,9 @@ def _activation(function: Any) -> str | None:
 
 
 def _warn(module: Any, reason: str | None) -> None:
-    """Warn that `module` runs this call by PyTorch's own forward because of `reason`, except in a compiled graph.
+    """Warn that `module` runs this call by the forward of its class because of `reason`, except in a compiled graph.
 
-    `reason` is a text: the callers never pass None.
+    `reason` is never None, but type checkers cannot infer that from the callers.
     """
     if not torch.compiler.is_compiling():
         warnings.warn(

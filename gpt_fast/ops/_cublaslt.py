@@ -32,12 +32,12 @@ def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...
 
 @_transforms.constant_in_graphs
 def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """Return (largest width of x, True if cuBLASLt is faster there) for each range of widths, ascending by width.
+    """Return (limit, faster) for each class of widths, ascending. A width is the size of the input's last axis.
 
-    The ranges come from the table in kernels/launch_configs.py, for two-byte elements and the architecture of CUDA
-    device `device_index`. `op` is "linear" or "mlp". `kernel` names the rows of the table, such as "cublaslt relu".
-    `operator` is the operator that calls cuBLASLt, such as "mlp_cublaslt_forward". If it was not built for CUDA, the
-    result is empty.
+    A class has the widths above the limit before, up to `limit`. `faster` is True if cuBLASLt was measured to beat
+    PyTorch (for the `op` "linear") or Triton (for "mlp"). The classes are the rows named `kernel`, such as "cublaslt
+    relu", in kernels/launch_configs.py, for 16-bit inputs on CUDA device `device_index`. The result is empty if
+    `operator`, such as "mlp_cublaslt_forward", was not built for CUDA.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
         return ()

@@ -232,8 +232,8 @@ def register_triton(name: str, launcher: Callable) -> None:
     """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and under TRITON_INTERPRET=1 on the CPU too.
 
     `launcher` gets the operator's arguments and returns its results. While it runs, the device of the first tensor
-    among the arguments is the current CUDA device. Where Triton finds no C compiler or fails to compile its launcher, a
-    `RuntimeError` names the op and what is missing. Other errors pass unchanged.
+    among the arguments is the current CUDA device. If Triton has no C compiler, or cannot compile the C code that it
+    starts kernels with, a `RuntimeError` names the op and what is missing. Other errors pass unchanged.
     """
 
     def on_own_device(*args):
@@ -252,7 +252,7 @@ def register_triton(name: str, launcher: Callable) -> None:
 
 
 def _why_not_built(error: Exception) -> str | None:
-    """Return the reason why Triton did not build its launcher, which is written in C, or None for another error.
+    """Return why Triton could not compile the C code that it starts kernels with, or None for another error.
 
     Every `CalledProcessError` is taken for a failed compilation. "Failed to find C compiler" in the message of an error
     means that there is no compiler.
@@ -287,7 +287,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 def _device_index(args: Iterable) -> int:
     """Return the CUDA index of the first tensor among `args`, or -1 if it is on the CPU or if there is no tensor.
 
-    In lists and tuples among `args`, which are searched too, tensors on the CPU are skipped.
+    A list or tuple among `args` stands for its first tensor. If that is on the CPU, the list or tuple is skipped.
     """
     for arg in args:
         if isinstance(arg, Tensor):
@@ -507,11 +507,11 @@ def rounds_weights(op: str, x: Tensor, *weights: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype to which a norm may round its float32 result if only a matrix product reads it, or None.
+    """Return the 16-bit dtype to which a norm may round its result if only a matrix product reads it, or None.
 
-    The dtype returned is autocast's on x's device. Autocast would cast the norm's result to it for the product anyway,
-    so the bits are the same. `dtype` is the dtype of the norm's result, and None means to keep it. The answer is None
-    if `dtype` is not float32, if autocast is off, or if autocast casts to neither bfloat16 nor float16.
+    `dtype` is the dtype that the norm's result has otherwise. Autocast on x's device would cast the result to the
+    16-bit dtype for the product anyway, so the bits are the same. This function returns None if `dtype` is not float32,
+    if autocast is off, or if autocast casts to neither bfloat16 nor float16.
     """
     device_type = x.device.type
     if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):

@@ -42,18 +42,22 @@ class Rule(NamedTuple):
         return self.torch < GAIN * self.gpt_fast
 
 
+def cpu_model() -> str:
+    """Return the name of the CPU's model, such as "AMD EPYC 9654", or its architecture if the system tells no name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, str]:
-    """Return the description of this machine that the user's table has to match for its rules to hold.
+    """Return the description of this machine. A table of `gpt-fast tune` with another description is not used.
 
     The keys are "device" (the CPU's model and instruction set), "torch" (PyTorch's version) and "threads" (the number
     of PyTorch's threads, as a text).
     """
-    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     return {
-        "device": f"{model}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
     }
@@ -73,30 +77,30 @@ def serves_torch(x: torch.Tensor, rounds: bool) -> bool:
 
 @_transforms.constant_in_graphs
 def _classes(dtype: torch.dtype, is_autocast: bool) -> tuple[tuple[int, bool], ...]:
-    """Return the pairs (rows, by_torch) of the user's table for an input x of `linear` in `dtype`, ascending by `rows`.
+    """Return (rows, by_torch) for each class of inputs x of `linear` in `dtype`, ascending by `rows`.
 
-    `is_autocast` says whether the weight is float32 while `dtype` is autocast's 16-bit dtype. A pair was measured for x
-    with `rows` rows. It holds for every number of rows above that of the pair before, up to `rows`. The last pair holds
-    for larger numbers too. `by_torch` is True if PyTorch was faster than the C++ kernel. The result is empty if the
-    table has no such pairs.
+    A class has every number of rows above that of the class before, up to `rows`. The last class has larger numbers
+    too. `by_torch` is True if PyTorch was faster than the C++ kernel, by the table that `gpt-fast tune` wrote on this
+    machine. Without such a table the result is empty. `is_autocast` says whether the weight is float32 while `dtype` is
+    autocast's 16-bit dtype.
     """
     return _table().get((dtype, is_autocast), ())
 
 
 @functools.cache
 def _table() -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
-    """Return `_read` of the user's table. The result is cached, because finding the file takes 10 µs."""
+    """Return `_read` of the table that `gpt-fast tune` wrote, and cache it, because finding the file takes 10 µs."""
     return _read(user_table("cpu"))
 
 
 def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], tuple[tuple[int, bool], ...]]:
-    """Return the user's table in the file `path` as {(dtype, is_autocast): ((rows, by_torch), …)}, ascending by `rows`.
+    """Return the table that `gpt-fast tune` wrote to `path`, as {(dtype, is_autocast): ((rows, by_torch), …)}.
 
     `dtype` is the dtype of x, the input of `linear`. `is_autocast` is True if the weight is float32 while `dtype` is
-    autocast's 16-bit dtype. A pair was measured for x with `rows` rows. It holds for every number of rows above that of
-    the pair before, up to `rows`. The last pair holds for larger numbers too. `by_torch` is True if PyTorch was faster
-    than the C++ kernel. The result is empty if `path` is None or no file. It is also empty, with a warning, if the file
-    was measured on another machine.
+    autocast's 16-bit dtype. The pairs ascend by `rows`. A pair holds for every number of rows of x above that of the
+    pair before, up to `rows`. The last pair holds for larger numbers too. `by_torch` is True if PyTorch was faster than
+    the C++ kernel. The result is empty if `path` is None or no file. It is also empty, with a warning, if the file was
+    measured on another machine.
 
     Raises:
         ValueError: The file is damaged.
@@ -129,7 +133,7 @@ def _read(path: Path | None) -> dict[tuple[torch.dtype, bool], tuple[tuple[int, 
 
 
 def forget() -> None:
-    """Read the user's table again at the next call."""
+    """Drop the cached table, so that the next call reads the file of `gpt-fast tune` again."""
     _table.cache_clear()
 
 

@@ -93,7 +93,7 @@ def attention(
         Keys that `lengths`, `key_mask` or `cu_seqlens` exclude change nothing, whatever they contain (NaN too).
 
         Dropout: whether a probability is kept depends on `seed`, `site`, query i, key j and b = batch·H + head. In
-        packed rows i and j count within their sequence, and b = sequence·H + head. `dropout_keep_matrix` in
+        packed rows i and j count within their sequence, and b = sequence·H + head. `dropout_keep_at` in
         `gpt_fast/reference.py` has the rule.
 
         Results are deterministic.
@@ -145,8 +145,7 @@ def attention_qkv(
         mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
         cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row, int64 or int32. It needs B = 1. Each
             sequence sees itself alone.
-        window: Width of a sliding window: a query attends to the last `window` keys up to its own, and without `causal`
-            to as many from its own on.
+        window: Let query i attend to key j only if i - window < j and, unless `causal`, j < i + window.
         dropout_p: Dropout probability of the attention probabilities, in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of qkv. Without a seed a new one is drawn.
         site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
@@ -397,9 +396,9 @@ def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
 def _for_triton(options):
     """Return (kernel, options, rule) for the launch of a Triton kernel.
 
-    `kernel` is the module kernels/attention.py. `options`, a tuple in the order of the operator's schema, becomes an
-    instance of the module's class `Options`. `rule` is dropout's (threshold, scale): elements whose 16 random bits are
-    below the threshold are dropped, and others are scaled.
+    The argument is the tuple (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale). The
+    result has it as an instance of the class `Options` of `kernel`, the module kernels/attention.py. `rule` is the
+    (threshold, scale) that `_library.dropout_rule` returns for `dropout_p`.
     """
     kernel = _library.triton_kernel("attention")
     options = kernel.Options(*options)

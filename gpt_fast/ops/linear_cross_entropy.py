@@ -50,7 +50,7 @@ def linear_cross_entropy(
         reduction: "mean" over the rows that count (0 if there are none), "sum", or "none".
 
     Returns:
-        loss, float32 (float64 by the reference), a scalar, or in the shape of `target` with reduction="none".
+        loss, float32 (float64 for float64 inputs), a scalar, or in the shape of `target` with reduction="none".
 
     Raises:
         ValueError: A dtype, shape or device differs from the list above, the reduction is unknown, or `label_smoothing`
@@ -68,10 +68,10 @@ def linear_cross_entropy(
 
     Note:
         Precision: logits, softmax and sums are float32. The gradient of the logits is rounded to the dtype of x,
-        because it is an operand of a product. The gradient of x is rounded before and after it is scaled by the
-        upstream gradient, so once where that is a power of two. Other gradients are rounded once. Where autocast is on,
-        x, weight and bias are cast to its dtype. On CPU the kernel does this to a float32 weight while it reads it, and
-        the weight's gradient is not rounded. The reference serves float64.
+        because it is an operand of a product. Each gradient of an input is rounded once, but that of x twice for "mean"
+        and "sum" unless the upstream gradient is a power of two. Where autocast is on, x, weight and bias are cast to
+        its dtype. On CPU the kernel does this to a float32 weight while it reads it, and the weight's gradient is not
+        rounded. The reference serves float64.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
@@ -199,8 +199,8 @@ def _decomposition(x, weight, target, bias, ignore_index, label_smoothing, reduc
     """Return (loss, count, dx, dweight, dbias) of `linear_cross_entropy_forward`, computed by the reference.
 
     `count`, a float32 scalar, is the number of rows whose target is not `ignore_index`. The three gradients are empty
-    tensors, so `needs`, the operator's flags needs_x, needs_weight and needs_bias, is ignored. Every row is computed: a
-    number of rows that depends on the targets would be no shape of an exported program.
+    tensors, so `needs`, the operator's flags needs_x, needs_weight and needs_bias, is ignored. Ignored rows are
+    computed too, because shapes in an exported program cannot depend on the targets.
     """
     weight = weight.to(x.dtype)
     losses = reference.linear_cross_entropy(x, weight, target, bias, ignore_index, label_smoothing, "none")
@@ -238,9 +238,9 @@ def _forward_flops(
 def _backward_flops(
     dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias, **_
 ):
-    """Return the FLOPs of dx and dweight, if they are needed. Tensors are given as shapes.
+    """Return the FLOPs of dx and dweight, if needed, for reduction "none". Other reductions count them in forward.
 
-    The arguments are those of the operator. The gradient of the bias counts nothing.
+    The arguments are those of the operator, with shapes in place of tensors. The gradient of the bias counts nothing.
     """
     return (needs_x + needs_weight) * _flops.product(x, weight)
 

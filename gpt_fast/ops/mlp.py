@@ -90,12 +90,12 @@ def mlp(
         and their gradients are not rounded. The reference serves float64.
 
         Dropout: whether a hidden element is kept depends on `seed`, `site`, the row i of x viewed as [M, C], and the
-        column j of F. `dropout_keep_matrix` in `gpt_fast/reference.py` has the rule, with b = 0.
+        column j of F. `dropout_keep_at` in `gpt_fast/reference.py` has the rule, with b = 0.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
-        Cost: one [..., F] tensor is kept for backward. Where cuBLASLt serves relu, one bit for each of its elements is
-        kept too.
+        Cost: without `recompute`, one [..., F] tensor is kept for backward. Where cuBLASLt serves relu, one bit for
+        each element of that tensor is added.
 
         Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
     """

@@ -76,9 +76,9 @@ def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --lora-rank cannot be applied, or if --lora-alpha is given without it.
 
     Without both options, do nothing. The rank may be at most `config.hidden_dim`, and PEFT has to be installed.
-    --scratch, --freeze and --strategy fsdp may not be given beside --lora-rank. The pre-trained run has to have a
-    model.safetensors that stays. A run whose weights are an adapter has none, and that of an unfinished run with
-    checkpoints may change.
+    --scratch, --freeze and --strategy fsdp may not be given beside --lora-rank. The pre-trained run has to have a file
+    model.safetensors, which is missing if the run trained an adapter. An unfinished run with checkpoints is refused,
+    because resuming it would change the file.
     """
     rank, source = settings.lora_rank, settings.source
     if rank is None:

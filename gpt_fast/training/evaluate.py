@@ -164,9 +164,9 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
 def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
     """Return the names of the classes of a run.
 
-    They come from `record`, the content of its run.json, under "labels". Without them, those of a
-    `GPTForSequenceClassification` come from its configuration, or else are the numbers from 0 on, as texts. The list is
-    empty for a regression and for any other model.
+    `record` is the content of run.json. If its entry "labels" has names, they are returned for any model. Otherwise a
+    `GPTForSequenceClassification` that is no regression gives the names in its configuration, or "0", "1" and so on if
+    the configuration has none. In all other cases the list is empty.
     """
     if record.get("labels"):
         return list(record["labels"])
@@ -188,12 +188,12 @@ def evaluate_task(
     """Return "task", "data" and the metrics of a fine-tuned model on a table, with their baselines.
 
     `folder` is the model's run folder, from which the tokenizer is read. `data` is the table's file, read with
-    `options`, or None for held-out snippets of Python's standard library. `task` names the columns, and `labels` are
-    the names of the classes. The metrics depend on the task, such as "accuracy" and "majority_accuracy" for a
-    classifier and "mse" and "mean_mse" for a regression. A model that answers in text also has "exact_match" and
-    "word_f1". `confusion` is the path for a picture of the confusion matrix, or None; the result names the path as
-    "confusion" if the picture could be written. Warn about rows that may have been cut off or are empty. Raise
-    `ValueError` for a table that does not fit the task.
+    `options`, or None for held-out snippets of Python's standard library. `task` names the columns. `labels` are the
+    names of the classes in the order of the logits, or [] for a task without classes. The metrics depend on the task,
+    such as "accuracy" and "majority_accuracy" for a classifier and "mse" and "mean_mse" for a regression. A model that
+    answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the confusion matrix,
+    or None; the result names the path as "confusion" if the picture could be written. Warn about rows that may have
+    been cut off or are empty. Raise `ValueError` for a table that does not fit the task.
     """
     table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
     tokenizer = run_tokenizer(folder, model)
@@ -241,14 +241,14 @@ def evaluate_language_model(
     raw_dtype: str | None = None,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """Return the loss of a language model over all of `data` in nats per predicted token, and what follows from it.
+    """Return the loss of a language model on `data` in nats per predicted token, and metrics that follow from it.
 
-    The keys are "task" ("clm" or "mlm"), "data" (its name), "tokens" (their number), "loss", "unigram_entropy" (the
-    baseline), "perplexity" and, if it is given, "stride". A causal model on text also has "bits_per_byte",
-    "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a table with a `text_column`, or
-    token files; None stands for the held-out files of Python's standard library. `raw_dtype`, "uint16" or "uint32", is
-    the dtype of token files without a header. `folder` is the model's run folder, from which the tokenizer is read. A
-    masked model predicts 15 % of the tokens, always the same ones.
+    The keys are "task" ("clm" or "mlm"), "data" (its name), "tokens" (how many tokens the windows below cover), "loss",
+    "unigram_entropy" (the baseline), "perplexity" and, if it is given, "stride". A causal model on text also has
+    "bits_per_byte", "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a table with a
+    `text_column`, or token files; None stands for the held-out files of Python's standard library. `raw_dtype`,
+    "uint16" or "uint32", is the dtype of token files without a header. `folder` is the model's run folder, from which
+    the tokenizer is read. A masked model predicts 15 % of the tokens, always the same ones.
 
     Windows of the model's length lie side by side, and a last part shorter than a window is left out; a shorter text is
     one window. With `stride`, which is for causal models, each window begins `stride` tokens after the one before, and

@@ -314,8 +314,9 @@ class Loop:
     def _settle(self) -> None:
         """Read the losses of updates since the last call off the device. Count skipped updates and spikes in `state`.
 
-        The user gets a line about each. Losses of updates that were not skipped are added to `state.losses`, whose mean
-        is shown from then on. Raise `ValueError` if more than `settings.max_skips` updates in a row were skipped.
+        The user gets a line about each skipped update and each spike. Losses of updates that were not skipped are added
+        to `state.losses`; the progress display shows the mean of this list. Raise `ValueError` if more than
+        `settings.max_skips` updates in a row were skipped.
         """
         state = self.state
         if not self._pending:
@@ -435,7 +436,7 @@ class Loop:
             self.state.stale += 1
 
     def _save_last(self) -> None:
-        """Save a checkpoint of the last update, to resume the run for more steps, unless the newest one is its own.
+        """Save a checkpoint of the last update, to resume the run for more steps, unless that update already has one.
 
         If it cannot be written, for example to a full disk, only tell the user.
         """

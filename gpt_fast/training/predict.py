@@ -102,14 +102,15 @@ def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> T
 def answer(
     model: Head, folder: Path, table: Table, task: TaskSettings, names: Sequence[str], max_new_tokens: int | None
 ) -> list[Prediction]:
-    """Return a `Prediction` for each row of `table`, in order, by `model`.
+    """Return a `Prediction` of the model for each row of `table`, in order.
 
-    By the task, its `answer` is a class, a number, a text, a tag for each word (with spaces between them), or a set:
-    the classes with a probability above 0.5, with commas between them. Classes and sets also have the probability of
-    each class, the largest first. `folder` is the model's run folder, from which the tokenizer is read. `task` says
-    what the model answers, and `names` are the names of its classes. A model that answers in text writes at most
-    `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError` unless this
-    number is from 1 to the number of positions less 5. Warn about rows that may have been cut off or are empty.
+    The field `answer` of a prediction depends on the task: a class, a number, a text that the model writes, or a part
+    of the row's text that it finds. For tags it is a tag for each word, with spaces between them. For a set it is the
+    classes with a probability above 0.5, with commas between them. Predictions of a class or a set also have the
+    probability of each class, the largest first. `folder` is the model's run folder, from which the tokenizer is read.
+    `names` are the names of the classes. A model that writes texts writes at most `max_new_tokens` tokens, by default
+    100 or half of its positions if that is less. Raise `ValueError` unless this number is from 1 to the number of
+    positions less 5. Warn about rows that may have been cut off or are empty.
     """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):

@@ -135,7 +135,7 @@ class Session(Generic[S]):
         return loop
 
     def facts(self, loop: Loop) -> Record:
-        """Return the entries that run.json has after every training, of which `loop` is the finished one.
+        """Return the entries of run.json that every training has. `loop` is the training loop, after its last update.
 
         They are the settings "batch_size", "seed", "device", "precision", "optimizer" and "schedule"; "torch", its
         version; "seconds", spent in updates; "skipped" and "spikes", numbers of updates; "ranks", their number; and
@@ -231,12 +231,12 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
     """Return this rank's `Session` of a training, with the settings that the run in `run` is trained with.
 
     Every rank calls this, for a new run as well as for one that is resumed. A new run is trained with `settings`. A run
-    is resumed if its folder has a checkpoint, and then keeps the settings that it began with. Options in `settings`
-    that the user gives again have to agree, unless their declaration lets them change. If they ask for more steps or
-    epochs, rank 0 saves the new number in the run folder, and makes a finished run a stopped one. `ranks` is the world
-    of all ranks as this rank sees it. `show`, `say` and `stop` are put into the session: called after each update,
-    called with lines for the user, and the flag for signals. Raise `OptionError`, a `ValueError`, for options that do
-    not agree with the run or each other.
+    is resumed if its folder has a checkpoint. It keeps the settings that it began with, except for those that
+    `gpt_fast_settings.resume.resumed` takes from `settings`. If the user asks for more steps or epochs, rank 0 saves
+    the new number in the run folder, and makes a finished run a stopped one. `ranks` is the world of all ranks as this
+    rank sees it. The session keeps `show(progress)` and `say(line)`, which report to the user, and `stop`, which tells
+    whether a signal has come. Raise `OptionError`, a `ValueError`, for options that do not agree with the run or each
+    other.
     """
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})

@@ -55,9 +55,9 @@ def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, changes) for each of several runs: the name of its folder, and how it differs from `settings`.
 
     There is a run for each pair of a seed and a fold. Seeds count up from `settings.seed`; folds are all from 1 to
-    `settings.folds`, or `settings.fold` alone if it is given. `changes` are the run's values of "seed" and "fold" (None
-    without folds), and None for "seeds". A name is "seed-0", "fold-1" or "seed-0-fold-1", for example: it has the seed
-    with --seeds, and the fold if there are several.
+    `settings.folds`, or `settings.fold` alone if it is given. `changes` are new values of three settings: "seed",
+    "fold" (the fold's number, or None without folds) and "seeds", which becomes None. A name is "seed-0", "fold-1" or
+    "seed-0-fold-1", for example: it has the seed with --seeds, and the fold if there are several.
     """
     seeds = range(settings.seed, settings.seed + (settings.seeds or 1))
     folds = [settings.fold] if settings.folds is None or settings.fold else list(range(1, settings.folds + 1))

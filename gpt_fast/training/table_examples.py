@@ -98,10 +98,10 @@ def read_tables(
     """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
     The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows of `train`, drawn by `seed`, is
-    held out for validation. With `fold` = (i, K), i from 1 to K, part i of K parts of these rows is held out instead. A
-    row is not held out if no row to train on has its class. If `valid` is given, `fold` is ignored. Without `train`,
-    both tables are snippets of the source of Python's standard library, for the task "classification" alone. `options`
-    say how to read the files.
+    held out for validation. With `fold` = (i, K), all rows of `train` are divided into K parts, and part i, from 1 to
+    K, is held out instead. A row is not held out if no row to train on has its class. If `valid` is given, `fold` is
+    ignored. Without `train`, both tables are snippets of the source of Python's standard library, for the task
+    "classification" alone. `options` say how to read the files.
 
     Before rows are held out, different spellings of a class in `train`, such as 1 and 1.0, become the same. For
     multiple choice, `task.answers` is how the labels name the right choice, such as "letters". If it is None, all rows
@@ -138,10 +138,10 @@ def read_tables(
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
     """Return (table, task) of a training table: the table with its labels in one spelling, the task with `answers` set.
 
-    If a label is one class, all spellings of a class, such as 1 and 1.0, become its name, and a note says which were
-    changed. For multiple choice, `task.answers` becomes the way in which the labels name a choice: "text" (by its
-    text), "letters", or a number that counts from "0" or "1". For any other task both are returned as they are. Raise
-    `ValueError` for labels that are not valid.
+    For a task with one class in each row, each label becomes the name that `label_names` gives its class: 1.0 may
+    become 1. A note says which labels were changed. For multiple choice, `task.answers` becomes the way in which the
+    labels name a choice: "text" (by its text), "letters", or a number that counts from "0" or "1". For any other task
+    both are returned as they are. Raise `ValueError` for labels that are not valid.
     """
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
@@ -155,7 +155,7 @@ def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
 
 
 def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
-    """Return one line for the user about how the labels are read, or None if they are numbers or texts.
+    """Return one line for the user about how the labels are read, or None if the task has neither classes nor choices.
 
     It begins with "labels: ", or for multiple choice with "answers: ". `names` are the names of the classes, or of the
     choices. For multiple choice, the result is None as long as `task.answers` is None.
@@ -170,9 +170,9 @@ def _fold(
 ) -> tuple[list[int], list[int]]:
     """Return (held out, for training): the row numbers of fold `number` of `folds`, counted from 1, and all others.
 
-    `order` is a shuffled list of the table's row numbers, from 0. If a label is one class, each class is divided as
-    equally as possible among the folds. The second list is sorted. Raise `ValueError` if there are fewer rows than
-    folds.
+    `order` is a shuffled list of the table's row numbers, from 0. For a task with one class in each row, each class is
+    divided as equally as possible among the folds. The second list is sorted. Raise `ValueError` if there are fewer
+    rows than folds.
     """
     if len(table) < folds:
         raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
@@ -456,7 +456,10 @@ def _letter(index: int) -> str:
 
 
 def _check_choices(table: Table, names: Sequence[str]) -> None:
-    """Raise `ValueError` if a row of a multiple-choice table does not have one choice for each of `names`."""
+    """Raise `ValueError` if a row of a multiple-choice table does not have as many choices as `names` has entries.
+
+    `names` are the letters that name the choices, such as "A" to "D".
+    """
     for row, choices in enumerate(table.more):
         if len(choices) != len(names):
             raise ValueError(

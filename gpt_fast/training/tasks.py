@@ -160,11 +160,11 @@ def task_settings(
     """Return the settings of the task called `name`, such as "classification". A column that is None is its default.
 
     `pair_column` is the column of the second text; for multiple choice it is a column of lists, or several columns with
-    commas between them. With `numbers`, the labels are numbers, which similarity and regression allow. `labels` are the
-    classes, with commas between them, or None if the table decides. Rows with a label in `skip_labels` are to be
-    skipped. `answers` is how the labels of multiple choice name a choice: "text", "letters", "0" or "1", or None if the
-    table decides. Raise `ValueError` for an unknown task, an option that the task does not have, or a value that is not
-    valid.
+    commas between them. With `numbers`, the labels of similarity are numbers, not classes; the labels of regression
+    always are. `labels` are the classes, with commas between them, or None if the table decides. Rows with a label in
+    `skip_labels` are to be skipped. `answers` is how the labels of multiple choice name a choice: by its "text", by
+    "letters", or by its number, counted from "0" or from "1". None lets the table decide. Raise `ValueError` for an
+    unknown task, an option that the task does not have, or a value that is not valid.
     """
     if name not in TASKS:
         raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
@@ -256,9 +256,10 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
 
 
 def metric_of(task: TaskSettings, name: str | None) -> str:
-    """Return the metric by which validation chooses the best model: `name`, or the task's default if it is None.
+    """Return the metric by which validation chooses the best model: `name`, or the task's default if `name` is None.
 
-    Raise `ValueError` for a metric that is not among those by which validation of the task may choose.
+    `name` and the result have no prefix "valid_": "accuracy", for example. Raise `ValueError` if `name` is not in
+    `task.scores`.
     """
     if name is None:
         return task.scores[0]
@@ -286,9 +287,9 @@ def answers(
     """Return the text that the model writes greedily behind the prompt of each of `rows`, up to its end token.
 
     The prompt is the first sequence of a row up to the position `row.answer`. A text has at most `max_new_tokens`
-    tokens, by default (None or 0) eight more than the longest expected answer among the 64 rows of its batch. The
-    positions that the longest prompt of the batch leaves free are a limit, too, but there is always room for one token.
-    Texts are returned without special tokens, in the order of `rows`.
+    tokens, by default (None or 0) eight more than the longest expected answer among the 64 rows of its batch. A text
+    also has no more tokens than the model has positions behind the longest prompt of the batch. Texts are returned
+    without special tokens, in the order of `rows`.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -313,8 +314,9 @@ def answers(
 def writes_answers(folder: Path) -> bool:
     """Return True if the run in `folder` was fine-tuned for a task whose answer is a text that the model writes.
 
-    These tasks are generation and question-answering. The run's record names the task, in run.json or in the newest
-    checkpoint of a stopped run. Without a record, return False.
+    These tasks are "generation" and "question-answering", but not "answer-span", whose model finds the answer in the
+    given text. The run's record names the task, in run.json or in the newest checkpoint of a stopped run. Without a
+    record, return False.
     """
     task = TASKS.get(str(read_record(folder).get("task")))
     return task is not None and task.head is GPTForCausalLM

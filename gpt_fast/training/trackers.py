@@ -66,9 +66,10 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
-        """Return the tracker of this run: TensorBoard, wandb or MLflow, by its name. The first call makes it.
+        """Return the `TensorBoard`, `Wandb` or `MLflow` that this object was made for. The first call creates it.
 
-        `path` is where it writes in the run folder, and `line` is the first line of metrics that it will log.
+        `path` is tensorboard/, wandb/ or mlflow.db in the run folder. `line` is the first line of metrics to be logged:
+        TensorBoard drops what was logged before from that step on. Later calls ignore both arguments.
         """
         if self._tracker is not None:
             return self._tracker

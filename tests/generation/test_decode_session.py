@@ -480,6 +480,28 @@ def test_prompts_of_many_tokens_are_read_in_pieces(weights):
         )
 
 
+@pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_logits_after_chosen_tokens_of_a_prompt(weights, preset):
+    """The last layer computes only the tokens whose logits are returned. They have the bits that steps give them.
+
+    Two prompts of 30 tokens, with logits after no token, after one, after 13 tokens in a row and after tokens apart.
+    The cache is the same each time.
+    """
+    model = make_model(preset, hidden_dim=32, num_heads=2)
+    tokens = torch.randint(0, V, (2, 30))
+    by_steps = DecodeSession(model, batch=2, weights=weights)
+    expected = torch.stack([by_steps.step(tokens[:, t]) for t in range(30)], dim=1).flatten(0, 1)
+    positions, rows = torch.arange(30).repeat(2), torch.arange(2).repeat_interleave(30)
+    for ends in ([], [59], list(range(22, 35)), [0, 3, 4, 9, 29, 30, 31, 50, 51, 52, 53, 55, 57, 59]):
+        session = DecodeSession(model, batch=2, weights=weights)
+        inner = session._step._session
+        logits = inner.prefill(tokens.flatten(), positions, rows, torch.tensor(ends, dtype=torch.int64))
+        assert torch.equal(logits, expected[ends])
+        assert torch.equal(session.cache.keys[:, :, :, :30], by_steps.cache.keys[:, :, :, :30])
+        assert torch.equal(session.cache.values[:, :, :, :30], by_steps.cache.values[:, :, :, :30])
+
+
 def test_two_sessions_in_two_threads():
     """Two threads, each with its own model, both generate the tokens that they generate alone."""
     models = [make_model("gpt2", std=0.3, hidden_dim=128, num_heads=2) for _ in range(2)]

@@ -320,3 +320,9 @@ def test_refuses(case):
 def test_refuses_continuations(pair):
     with pytest.raises(ValueError, match="pair 1 has"):
         score_continuations(build(), [([1], [2]), pair])
+
+
+def test_a_masked_model_scores_no_continuations():
+    """It would read the very tokens that it scores."""
+    with pytest.raises(ValueError, match="model is a GPTForMaskedLM.*expected a causal language model"):
+        score_continuations(build(GPTForMaskedLM), [([1], [2])])

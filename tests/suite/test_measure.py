@@ -384,3 +384,18 @@ def test_what_does_not_run_on_a_device_is_left_out(study):
     linear = catalogue.ops()["linear"]
     assert runner.here([study, on_cpu, linear], "cuda") == [study]
     assert runner.here([study, on_cpu, linear], "cpu") == [study, on_cpu, linear]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_full_run_measures_whatever_a_target_names(device):
+    """A target against an implementation that a full run leaves out could never be judged."""
+    for topic in catalogue.topics().values():
+        anywhere = tuple(dataclasses.replace(peer, missing=lambda case: None) for peer in topic.peers)
+        whole = dataclasses.replace(topic, peers=anywhere)
+        for case in topic.cases(device):
+            left_out = {peer.name for peer, reason in runner.runs_here(whole, case, quick=False)[1]}
+            for target in topic.targets(case):
+                peers = {target.peer} if isinstance(target.peer, str) else set(target.peer)
+                assert not left_out & (peers | {target.who}), case.name
+            if topic.pair_bytes:
+                assert not any(peer.compiles for peer in runner.runs_here(whole, case, quick=True)[0])

@@ -432,6 +432,15 @@ def test_the_last_k_are_kept_and_latest_names_the_newest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-000000100\n"
 
 
+def test_a_hidden_folder_of_another_program_is_kept(tmp_path):
+    """Half-written checkpoints and those that were about to be removed go; no other folder does."""
+    engine = engine_with_state(0)
+    for name in (".ipynb_checkpoints", ".step-000000007.partial", ".step-000000008.removed"):
+        (tmp_path / name).mkdir()
+    checkpoints.save(tmp_path, 9, engine.state(), STATE, 1, engine.world)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ipynb_checkpoints", "latest", "step-000000009"]
+
+
 def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path, monkeypatch):
     engine, seen, write_text = engine_with_state(0), [], checkpoints.write_text
 

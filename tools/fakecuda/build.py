@@ -48,8 +48,9 @@ def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
 def stubs(imported: set[str], defined: set[str]) -> str:
     """Return C++ source with a stub for each function name in `imported` that is not in `defined`, sorted by name.
 
-    Stubs of cuBLAS do nothing and return success; those of functions that would launch work also record the call. Stubs
-    of all other functions, which are the CUDA runtime's, fail with a message.
+    `imported` are the functions of the CUDA runtime and cuBLAS that PyTorch's libraries import. `defined` are the
+    functions that the C++ sources in driver/ define. A stub of a cuBLAS function does nothing and returns success. If
+    the function would launch work, the stub also records the call. A stub of a CUDA runtime function returns an error.
     """
     lines = [
         'extern "C" void fakecuda_note(const char*, const char*, const void*);',
@@ -70,9 +71,10 @@ def stubs(imported: set[str], defined: set[str]) -> str:
 def build(folder: Path) -> Path:
     """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, `folder`/libcuda.so.1.
 
-    The folder is made if it is missing. It also gets the object files, the source of the stubs, and a copy of the
-    library as libcuda.so. CUDA's headers are searched in CUDA_HOME, by default /usr/local/cuda, and in PyTorch's
-    packages. Exit with a message if PyTorch has no CUDA. Raise `subprocess.CalledProcessError` if a compiler fails.
+    Functions that PyTorch imports from CUDA and that driver/ does not define become stubs, see `stubs`. The folder is
+    made if it is missing. It also gets stubs.cpp, the object files, and a copy of the library as libcuda.so. CUDA's
+    headers are searched in CUDA_HOME, by default /usr/local/cuda, and in PyTorch's packages. Exit with a message if
+    PyTorch has no CUDA. Raise `subprocess.CalledProcessError` if `nm` or the compiler fails.
     """
     site = site_packages()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))

@@ -363,10 +363,8 @@ class DecodeSession {
     cache_t* const keys = keys_.mutable_data_ptr<cache_t>();
     cache_t* const values = values_.mutable_data_ptr<cache_t>();
     const float scale = 1.0f / std::sqrt(static_cast<float>(D));
+    const int64_t m = static_cast<int64_t>(work.ends.size());
     const auto unchanged = [](float*, int64_t) {};
-    const auto add_branch = [&](int64_t i, int64_t c, const float* y, int64_t count) {
-      at::vec::map2<float>(add, x_.data() + i * C + c, x_.data() + i * C + c, y, count);
-    };
 
     const Rows tokens(w.token_embedding), positions(w.position_embedding);
     walker.phase(
@@ -410,20 +408,30 @@ class DecodeSession {
                           c += length;
                         }
                       });
-      const int64_t groups = ceil_div(n, kQueries);
+      // Other tokens' keys and values are all that the last layer owes to the tokens whose logits are computed.
+      const bool is_last = layer == L - 1;
+      const int64_t* const places = is_last ? work.ends.data() : nullptr;
+      const int64_t rest = is_last ? m : n;
+      const auto place = [&](int64_t i) { return places == nullptr ? i : places[i]; };
+      const auto add_branch = [&](int64_t i, int64_t c, const float* y, int64_t count) {
+        float* x = x_.data() + place(i) * C + c;
+        at::vec::map2<float>(add, x, x, y, count);
+      };
+      if (rest == 0) break;
+      const int64_t groups = ceil_div(rest, kQueries);
       walker.phase(
           groups * H,
           [&](int64_t piece) {
-            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
+            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(rest, begin + kQueries);
             Scratch& own = scratch();
             float* out = sized(own.h, kQueries * D);
             const bool fits = D % kVec == 0 && end - begin >= kFewestTogether;
             float* memory = sized(own.scores, fits ? together_scratch(S_, D) : decode_scratch(S_, D));
             for (int64_t i = begin, count; i < end; i += count) {
-              const float* q = q_.data() + i * C + head * D;
-              const int64_t base = cached(i, head), keys_here = work.position[i] + 1;
-              for (count = 1; i + count < end && count < kQueriesTogether && work.row[i + count] == work.row[i];)
-                ++count;
+              const int64_t at = place(i), base = cached(at, head), keys_here = work.position[at] + 1;
+              const float* q = q_.data() + at * C + head * D;
+              const auto follows = [&](int64_t k) { return place(i + k) == at + k && work.row[at + k] == work.row[at]; };
+              for (count = 1; i + count < end && count < kQueriesTogether && follows(count);) ++count;
               if (fits && count >= kFewestTogether) {  // a row's tokens follow one another
                 attend_together(q, C, count, keys + base, values + base, keys_here, D, memory, out + (i - begin) * D);
               } else {
@@ -433,24 +441,23 @@ class DecodeSession {
             }
           },
           [&](int64_t piece) {
-            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
+            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(rest, begin + kQueries);
             const float* out = scratch().h.data();
             for (int64_t i = begin; i < end; ++i, out += D) {
               put<Format>(out, D, attended_, block.out, i, head * D);
             }
           });
-      product<Format>(walker, block.out, between<Format>(attended_), n, unchanged, add_branch);
+      product<Format>(walker, block.out, between<Format>(attended_), rest, unchanged, add_branch);
       product<Format>(
-          walker, block.fc, {x_.data(), w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm}, n,
+          walker, block.fc, {x_.data(), w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm, places}, rest,
           [&](float* y, int64_t count) { activate_row(w.activation, y, count); },
           [&](int64_t i, int64_t f, const float* y, int64_t count) {
             put<Format>(y, count, hidden_, block.proj, i, f);
           });
-      product<Format>(walker, block.proj, between<Format>(hidden_), n, unchanged, add_branch);
+      product<Format>(walker, block.proj, between<Format>(hidden_), rest, unchanged, add_branch);
       pending = &block.norm2;
     }
 
-    const int64_t m = static_cast<int64_t>(work.ends.size());
     product<Format>(walker, w.output, {x_.data(), w.pre_norm ? &w.final_norm : pending, false, work.ends.data()}, m,
                     unchanged, [&](int64_t i, int64_t v, const float* y, int64_t count) {
                       round_row(y, logits_.data() + i * w.V + v, count);

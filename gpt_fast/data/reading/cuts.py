@@ -92,9 +92,9 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
 def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
     """Yield the concatenation of `texts` in pieces of at most `size` characters (32,768 if it is None).
 
-    A piece ends at the last index within its `size` characters at which a cut changes no token, which `last_place`
-    finds with `keeps`. If there is no such index, the piece has `size` characters. The last piece is the rest of the
-    text. An empty text yields nothing.
+    A piece ends at the index that `last_place` finds in its `size` characters, where a cut changes no token. If there
+    is none, the piece has `size` characters. `keeps(text, index)`, if given, tests an index: it returns True if a cut
+    there changes no token. The last piece is the rest of the text. An empty text yields nothing.
     """
     size = PIECE if size is None else size
     rest = ""

@@ -247,9 +247,10 @@ def place_in_file(file: TextFile, place: int) -> str:
 
 
 def require(package: str, extra: str, why: str) -> None:
-    """Raise `ValueError` if the Python package `package` is not installed. The message begins with `why`.
+    """Check that the Python package `package` is installed. If not, raise `ValueError`.
 
-    `extra` is the extra of gpt-fast that installs it, which the message tells the user to install.
+    `why` is the file or data set that needs the package, such as "hf:imdb", and `extra` the extra of gpt-fast that
+    installs it. The message is "WHY: needs PACKAGE; pip install gpt-fast[EXTRA]".
     """
     if find_spec(package) is None:
         raise ValueError(f"{why}: needs {package}; pip install gpt-fast[{extra}]")

@@ -40,16 +40,17 @@ def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
 
 
 def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for each row of a table that `row`, one object of a file, stands for.
+    """Convert `row`, one object of a file, to rows of a table, and yield (place, row) for each of them.
 
     `place` is the position of `row` in the file, such as "row 5". An article of RACE has the field `article` and the
     lists `questions`, `options` and `answers`. It makes a row with id, article, question, options and answer for each
     question, and their places are "row 5, question 1" and so on. `answer` is the entry of `answers`, in RACE a letter.
 
-    A row of ARC has choices with `text` and `label`, and its question may be an object that holds them. It makes one
-    row, whose `question` is a text and whose `choices` are a list of texts. Its other fields stay. If `answerKey` is
-    one of the labels, the field `answer` is added: the index of the right choice in that list, counted from 0. For any
-    other `answerKey` no field is added. Objects in neither form are yielded unchanged.
+    A row of ARC has `choices`: a dict of the lists `text` and `label`, or a list of dicts with these keys. Its
+    `question` may be a dict with the text in `stem`, which then holds `choices` too. It makes one row at the same
+    place, whose `question` is a text and whose `choices` are a list of texts. Its other fields stay. If `answerKey` is
+    one of the labels, the field `answer` is added: the index of the right choice, counted from 0. Objects in neither
+    form are yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]

@@ -47,13 +47,13 @@ def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> I
     """Yield (place, row) for each row of a labelled table: its position, such as "line 5", and a dict by column.
 
     `path` ends in .csv, .tsv, .jsonl, .ndjson, .json or .parquet. A compression ending such as .gz may follow, but not
-    behind .parquet. The nested forms of SQuAD, RACE and ARC are turned into rows. `options` matter for a .csv or .tsv
-    alone: `columns` names its columns if it has no header line, and `skip_ragged` skips rows with another number of
+    behind .parquet. The nested forms of SQuAD, RACE and ARC are turned into rows. `options` are for .csv and .tsv:
+    `columns` names the columns of a file without a header line, and `skip_ragged` skips rows with another number of
     fields than columns. `say` is called with messages about the quotes of a .tsv and about rows that were skipped.
 
     Raise `FileNotFoundError` if there is no such file. Raise `ValueError` for another ending or a folder, for a file
     that is damaged or not UTF-8, and for a row that has no named fields. Also raise it if `options.columns` is given
-    for a file that names its columns itself. Errors come with the first row that is asked for, or later.
+    for a file that is neither .csv nor .tsv. Errors come with the first row that is asked for, or later.
     """
     kind = table_kind(path)
     if not path.is_file():
@@ -85,7 +85,7 @@ def table_kind(path: Path) -> str:
 
 
 def written_kind(path: Path) -> str:
-    """Return the format of a table to be written by its name: "csv", "tsv" or "jsonl", in upper or lower case.
+    """Return "csv", "tsv" or "jsonl": the format of a table to be written, by its ending in upper or lower case.
 
     Raises:
         ValueError: `path` is a folder or has another ending, such as .gz.

@@ -109,16 +109,16 @@ def some(places: list[str], most: int = 3) -> str:
 def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
     """Return (quoting, message): how the quotes of a .tsv file are to be read, and a message about it for the user.
 
-    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. If the file has no
-    quotes, the result is (`csv.QUOTE_NONE`, ""). In an unquoted file, such as GLUE's, a lone quote that is taken for
-    syntax would swallow the rows up to the next quote. `options.columns` are the names of the columns if the file has
-    no header line.
+    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The message names the
+    choice and the number of rows in either reading. If the file has no quotes, the result is (`csv.QUOTE_NONE`, "").
+    `options.columns` are the names of the columns if the file has no header line.
 
-    The file is read in both ways. If reading it with quotes as syntax fails, or gives a row with another number of
-    fields than there are columns, quotes are text. Otherwise, let R be the number of rows with another number of fields
-    if quotes are text. Let D be the number of rows that the file has fewer if quotes are syntax. If R is above 0,
-    quotes are syntax if R >= D. If R is 0, they are syntax if D is 0 and a csv writer with one style of quoting would
-    write every row as it stands in the file. The result is cached as long as the file does not change.
+    The file is read in both ways. A row is ragged if its number of fields is not the number of columns. Quotes are text
+    if the reading as syntax fails or has a ragged row. A lone quote, as in GLUE's files, would join whole rows if taken
+    for syntax. So quotes are also text if the reading as syntax has fewer rows than the reading as text, by more than
+    the number of ragged rows in the reading as text. If neither reading has a ragged row, quotes are text unless a csv
+    writer with one style of quoting would write every row as it stands. In all other cases they are syntax. The result
+    is cached until the file changes.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 

@@ -132,7 +132,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     def is_as_it_was(reads_values: bool) -> bool:
         """Return True if the enclosing call's hidden states, weight and bias did not change since then.
 
-        Compare a sample of the weights' values, too, if `reads_values`, else write counts alone.
+        Compare autograd's counts of in-place writes and, if `reads_values`, a sample of the weights' values.
         """
         return _plain.version(hidden) == version and unchanged(reads_values)
 
@@ -217,7 +217,7 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_computed(logits: Logits | None) -> bool:
-    """Return True if the values of `logits`, or of the logits that these are a reshaping of, are computed already.
+    """Return True if the values of `logits`, or of the logits that they were reshaped from, are computed already.
 
     Code may have written into computed values, so the loss has to read them. The result is False for None.
     """
@@ -234,8 +234,9 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
     `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is a loss
     if `func` is `F.cross_entropy` and its first argument are logits [N, V] whose values are not computed yet. The
     targets have to be int64 class indices [N], and neither class weights nor PyTorch's deprecated options may be given.
-    The loss has the dtype of the logits, or float32 under autocast. Raises `RuntimeError` if hidden states or weights
-    changed after the pass; on a GPU this is found by write counts alone.
+    The loss has the dtype of the logits, or float32 under autocast. Raise `RuntimeError` if hidden states or weights
+    changed after the logits were made. On a GPU, changes that autograd does not count, such as through `.data`, are not
+    noticed.
     """
     if func is not F.cross_entropy:
         return NotImplemented

@@ -131,8 +131,9 @@ def _is_whole(self: Any, block: Block) -> bool:
 
     `self` is the recognised block, or attention or an MLP alone, and `block` is its record. `_is_unchanged` must return
     True, except in a compiled graph, where it is not called. `self` and the attention and MLP modules in it must have
-    no hooks and no foreign forwards. The dropouts of attention probabilities and of the hidden activation must be
-    numbers or `nn.Dropout` modules without hooks. If each head has a dropout, all must have the same rate.
+    no hooks. No forward may be set on these instances, except by `gpt_fast.accelerate`. The dropouts of attention
+    probabilities and of the hidden activation must be numbers or `nn.Dropout` modules without hooks. If each head has a
+    dropout, all must have the same rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -330,10 +331,10 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the logits [..., V] of hidden states [..., C], the only argument; they are computed when code reads them.
+    """Return the logits [..., V] of the output layer `self` for hidden states [..., C], the only argument.
 
-    `self` is the output layer. Without gradients or in a graph the logits are computed at once (see `logits`). A call
-    with other arguments runs the forward of the module's class.
+    The logits are computed when code reads them. Without gradients or in a graph they are computed at once (see
+    `logits`). A call with other arguments runs the forward of the module's class.
     """
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)

@@ -129,10 +129,10 @@ def _inferred(block: nn.Module) -> Layout | None:
 def _projections(C: int, sizes: dict[str, tuple[int, int]], count: int) -> tuple[tuple[str, ...], str] | None:
     """Return (qkv, out), the paths of attention's input projections and of its output projection, or None.
 
-    `sizes` maps the path of each linear layer to its (in_features, out_features), and `C` is the model's width. `count`
-    is the number of attention's linear layers. It is 2 if one layer computes queries, keys and values, and 4 if each
-    has a layer. It is 3 H + 1 if each of H heads has three layers. `qkv` lists the layers of queries, then keys, then
-    values. The result is None if the layers do not fit.
+    `sizes` maps the path of each linear layer, the MLP's included, to its (in_features, out_features). Attention's
+    layers are chosen among them by size and name. `count` is the number of attention's layers: 2 if one layer computes
+    queries, keys and values, 4 if each has a layer, 3 H + 1 if each of H heads has three. `qkv` lists the layers of
+    queries, then keys, then values. `C` is the model's width. The result is None if the layers do not fit.
     """
     square = [path for path, size in sizes.items() if size == (C, C)]
     if count == 2:

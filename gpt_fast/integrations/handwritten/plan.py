@@ -26,7 +26,7 @@ def plan(
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
     whole model can be compared with and without patches. It is without them afterwards. The list is empty if the
     results differ, or if there are blocks but nothing can be replaced. If the results differ, `report` has one entry
-    for the model instead. A `Patch` holds a module and its new forward.
+    for the model instead. A `Patch` holds a module, its new forward and attributes to set.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -57,7 +57,8 @@ def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> l
 
     `name` is the path of `module` in the model. `report` gets an entry for each submodule that is replaced, or one with
     the reason why the block is left alone. `longest` is the sequence length at which the block is compared once with
-    the formula of a GPT block, besides short sequences. A `Patch` holds a module and its new forward.
+    the formula of a GPT block, besides short sequences. A `Patch` holds a module, its new forward and
+    attributes to set.
     """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
@@ -92,8 +93,9 @@ def _why_not_compared(error: Exception) -> str:
 def _longest_sequence(model: nn.Module) -> int:
     """Return an estimate of the longest sequence that `model` takes, at most 8,192.
 
-    It is the largest square buffer, taken for a causal mask. Without such a buffer it is the largest size up to 8,192
-    of an embedding or of a position parameter, and at least 256.
+    It is the size of the largest square buffer, taken for a causal mask. Without such a buffer it is the largest number
+    of rows in an `nn.Embedding` or in a parameter that `model` holds directly, and at least 256. Tables of more than
+    8,192 rows are skipped.
     """
     masks = [
         buffer.shape[-1] for buffer in model.buffers() if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
@@ -127,7 +129,7 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
 
     An output layer is an `nn.Linear` outside of blocks, from C to the number of rows of an `nn.Embedding` of width C. A
     norm with hooks is left alone. `report` gets an entry for each module that is replaced or left alone. A `Patch`
-    holds a module and its new forward.
+    holds a module, its new forward and attributes to set.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -183,7 +185,7 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
     LayerNorm. Modules in `claimed` are skipped, and the modules that were examined are added to `claimed`. `report`
     gets an entry for each module that is replaced. Attention that is left alone gets an entry unless `report` already
     names its block as left alone; an MLP that is left alone gets none. `longest` is the sequence length at which a
-    module is compared once, besides short ones. A `Patch` holds a module and its new forward.
+    module is compared once, besides short ones. A `Patch` holds a module, its new forward and attributes to set.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer
@@ -220,11 +222,11 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
     """Return True if the model computes the same with the patches as without, in evaluation mode on random tokens.
 
-    The outputs may differ by 256 times the dtype's eps, relative to the largest value. So may the gradients of
-    parameters outside of the patched modules, which were compared before. `apply(patch)` puts a patch on and
-    `undo(module)` takes it off; none is left on. A call that fails without the patches is not compared. The result is
-    True without comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta
-    device. A `Patch` holds a module and its new forward.
+    Outputs may differ by 256 times the dtype's eps, relative to the largest value. The same holds for the gradients of
+    parameters outside of the patched modules, and of output layers. `apply(patch)` puts a patch on its module and
+    `undo(module)` takes it off; none is left on. Tokens for which the model fails without the patches are skipped. The
+    result is True if all are skipped, if the model has no embedding, or if it lies on the meta device. A `Patch` holds
+    a module, its new forward and attributes to set.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:

@@ -38,7 +38,7 @@ class Refused(Exception):
 def without_trace(module: nn.Module) -> Iterator[None]:
     """Restore `module` and the random generators after the `with` block; raise `Refused` if it wrote or drew.
 
-    Flags, attributes and buffers of `module` and its submodules are restored, also after an exception, which passes.
+    Flags, attributes and buffers of `module` and its submodules are restored, also if an exception is raised.
     `Refused` is raised if a forward wrote an attribute or a buffer, or drew random numbers other than dropout's. Fused
     ops would not do what such a forward does.
     """
@@ -112,7 +112,7 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | 
     Both are None for attention or an MLP alone. Numbers of heads, pre-norm and post-norm, and activations are tried in
     turn. `block` and `formula` have to agree in outputs and gradients on random inputs, in training with dropout, and
     in outputs at sequence length `longest`. `Refused` is raised, too, for hooks, the meta device, and a block that
-    writes attributes or buffers. Other errors of the block's code pass. The block itself is left as it was.
+    writes attributes or buffers. Other errors in the block's code reach the caller. The block is left as it was.
     """
     if any(parameter.is_meta for parameter in block.parameters()):
         raise Refused("is on the meta device, where nothing can be compared")
@@ -178,7 +178,8 @@ def _heads(block: Any, layout: Layout) -> Iterator[int]:
 def _inside(value: Any) -> list[Any]:
     """Return the values of `value` if it is a dictionary, or of its attributes if it has a `__dict__`, else [].
 
-    Such a value may be a configuration that holds the number of heads. Modules, tensors and classes give [].
+    `value` is an attribute of a block, for example a configuration object that holds the number of heads. The result
+    for a module, a tensor or a class is [].
     """
     if isinstance(value, dict):
         return list(value.values())
@@ -217,9 +218,9 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
     """Return the output [B, T, C] of a GPT block for x [B, T, C], in plain PyTorch, or of attention or an MLP alone.
 
     `parts` tells where `block` keeps its weights and how it computes; without norms it is attention or an MLP alone.
-    Attention is causal. Each of the four `factors` multiplies in the place of a dropout: attention probabilities,
-    attention's output, hidden activation, the MLP's output. `fused` multiplies the result of attention over the values.
-    It stands for a dropout inside `F.scaled_dot_product_attention`, whose probabilities cannot be seen.
+    Attention is causal. Each of the four `factors`, a number or a mask, multiplies in the place of a dropout: attention
+    probabilities, attention's output, hidden activation, the MLP's output. The number `fused` multiplies the product of
+    probabilities and values. It stands for a dropout inside `F.scaled_dot_product_attention`.
     """
     layout = parts.layout
 
@@ -262,7 +263,7 @@ def _why_not(block: nn.Module, parts: Block) -> str:
     """Return how `block` differs from `formula` in evaluation mode, or "" if outputs and gradients agree.
 
     Both run on random inputs of several shapes and scales. `parts` tells how the block is supposed to compute. The
-    block stays in evaluation mode.
+    block is put into evaluation mode and stays in it.
     """
     block.eval()
     C = _width(block, parts.layout)
@@ -324,8 +325,8 @@ def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
 def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: Tensor, *factors: Any) -> Tensor:
     """Return formula(block, parts, x, *factors) with `parameters` (name → tensor) in place of the block's parameters.
 
-    `parts` tells how the block computes. `factors` is empty or holds the last two arguments of `formula`. These are a
-    tuple of four numbers or tensors, one for each dropout, and the number `fused`.
+    `parts` tells how the block computes. `factors` is empty or holds the last two arguments of `formula`: a tuple of
+    multipliers, one in place of each of four dropouts, and the multiplier `fused` of attention's result.
     """
 
     class Holder(nn.Module):
@@ -357,9 +358,9 @@ def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
 def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
     """Raise `Refused` if `block` and `formula` differ on one random sequence of `length` tokens.
 
-    The dtype is that of the block, which stays in evaluation mode. Outputs may differ by 64 times the dtype's eps times
-    the largest expected value. `parts` tells how the block computes. Attention to a local window, for example, differs
-    in long sequences only.
+    The dtype is that of the block. The block is put into evaluation mode and stays in it. Outputs may differ by 64
+    times the dtype's eps times the largest expected value. `parts` tells how the block computes. Attention to a local
+    window, for example, differs in long sequences only.
     """
     block.eval()
     first = next(block.parameters())
@@ -417,7 +418,7 @@ def _with_dropouts(block: nn.Module, parts: Block, longest: int) -> Block:
 
     The sequences have lengths of 5 and 33, or `longest` if that is less. Raises `Refused` if the block drops at places
     where a GPT block has no dropout. `longest` is the longest sequence that the model takes. The dropout rates are
-    changed for the runs and restored. The block stays in training mode.
+    changed for the runs and restored. The block is put into training mode and stays in it.
     """
     rates = _rates(block)
     before = {path: _get_rate(block, path) for path in rates}
@@ -447,8 +448,8 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
 
     `parts` tells where the block keeps its weights and how it computes; its dropouts are not read. `sources` maps each
     dropout probability, which no two dropouts share, to the dropout's path. The block runs on random hidden states of
-    length T and stays in training mode. Raises `Refused` if the block drops at other places, or if its outputs or
-    gradients differ from the ones of `formula`.
+    length T in training mode, and stays in that mode. Raises `Refused` if the block drops at other places, or if its
+    outputs or gradients differ from the ones of `formula`.
     """
     block.train()
     wide = _widened(block)

@@ -27,9 +27,10 @@ class Snapshot:
         self._buffers = {name: (_where(buffer), buffer.detach().clone()) for name, buffer in module.named_buffers()}
 
     def holds(self, module: nn.Module) -> bool:
-        """Return True if options, buffers and submodule classes of `module` equal the recorded ones.
+        """Return True if classes, buffers and options of `module` and all modules inside it equal the recorded ones.
 
-        `module` may be the recorded module or a copy of it.
+        Options are attributes with simple values, such as numbers and strings. `module` may be the recorded module or
+        a copy of it.
         """
         if {path: type(child) for path, child in module.named_modules()} != self._kinds:
             return False

@@ -344,7 +344,7 @@ def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
     """Return why `ops.mlp` cannot compute `mlp`, or None if it can.
 
     `kind` is the expected class of the MLP, and `layer` that of its two projections, `c_fc` and `c_proj`. Reasons are
-    another class, hooks or an own forward of one of them, and an activation other than ReLU or GELU.
+    another class, hooks or a forward set on one of them, and an activation other than ReLU or GELU.
     """
     reason = _plain.why_not_plain(mlp, kind)
     if reason is not None:
@@ -423,9 +423,9 @@ def _seed(trunk: Any, device: torch.device) -> Tensor | None:
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
     """Return (key_mask, mask) for the attention mask `given` of N rows, in which nonzero values allow attention.
 
-    If `given` has four dimensions [N, 1, T, S], it is returned as `mask`, and `key_mask` is None. Otherwise it becomes
-    `key_mask`, bool [N, S], and `mask` is None. True allows attention. Both are None if `given` is known to have no
-    padding, which only masks on the CPU tell.
+    A bool `given` of four dimensions [N, 1, T, S] is returned as `mask`, and `key_mask` is None. A `given` of fewer
+    dimensions becomes `key_mask`, bool [N, S], and `mask` is None. If the values of this `key_mask` are cheap to read,
+    as on the CPU, and show no padding, both are None.
     """
     if given.dim() == 4:
         return None, given
@@ -515,10 +515,11 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
 
     `call` holds the arguments by name, and `known` the names of the arguments that are supported. An argument of None
     counts as left out. Reasons in the call are other arguments, `output_attentions=True`, an `output_hidden_states`
-    that is no bool and so selects layers, and none or both of `input_ids` and `inputs_embeds`. An attention mask may
-    have up to three dimensions, with one element per token for GPT-1. A bool mask of four dimensions is supported for
-    GPT-2 with attention implementation "sdpa" only. Reasons in the model are an attention dropout that has hooks or
-    another class than `nn.Dropout`, and a block that `gpt_fast.accelerate` has not patched.
+    that is no bool and so selects layers, and none or both of `input_ids` and `inputs_embeds`. An attention mask of
+    more than three dimensions is a reason, except a bool mask of four for GPT-2 with attention implementation "sdpa".
+    GPT-1's mask needs N · T elements for N rows of T tokens; the size of GPT-2's mask is not checked here. Reasons in
+    the model are an attention dropout that has hooks or another class than `nn.Dropout`, and a block that
+    `gpt_fast.accelerate` has not patched.
     """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:
@@ -580,9 +581,10 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
 
 
 def _as_transformers_has_it(trunk: Any, reason: str, call: dict) -> Any:
-    """Return the result of the trunk's own forward. `call` holds the arguments by name.
+    """Return the result of the forward that transformers defines for the trunk's class.
 
-    Warn that the call runs this way because of `reason`, except in a compiled graph.
+    `call` holds the arguments by name. Warn that the call runs this way because of `reason`, except in a compiled
+    graph.
     """
     if not torch.compiler.is_compiling():
         warnings.warn(

@@ -176,8 +176,9 @@ def _refuse(user: str, reason: str | None) -> None:
 def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]]) -> None:
     """Copy tensors of the dict `source` into the tensors of the dict `target`, in place.
 
-    `pairs` holds (name in `source`, name in `target`, True if the tensor is transposed). Leading sizes of 1 may differ.
-    `user` is the name of the public function for the message. Raise `ValueError` if shapes do not fit.
+    `pairs` holds (name in `source`, name in `target`, True to transpose the source tensor). Leading dimensions of size
+    1 do not count: [T, C] fits [1, T, C]. `user` is the name of the public function for the message. Raise `ValueError`
+    if shapes do not fit.
     """
     with torch.no_grad():
         for name, to, transposed in pairs:
@@ -205,9 +206,9 @@ def _why_left_out(tensors: dict[str, Any], used: list[str], kind: str) -> str | 
 
 
 def _computes(reason: str | None) -> str | None:
-    """Return the error message for a model and its copy whose outputs differ, or None if `reason` is None.
+    """Return the message "the model computes something else than its copy: reason", or None if `reason` is None.
 
-    `reason` says how the outputs differ.
+    `reason` says how the outputs of the model and its copy differ.
     """
     return None if reason is None else f"the model computes something else than its copy: {reason}; expected equal ones"
 

@@ -117,10 +117,10 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
 def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
     """Return (model, left_out): the model in a form that transformers' classifier can hold, and what that form lacks.
 
-    A classifier with pooling "extract", which reads the extract token, becomes a new one with the same weights, which
-    reads the last token and has no joint loss. Its input ends in the extract token, so both read the same token.
-    `left_out` names the joint loss and, if it is not tied, the output layer. Other models are returned as they are,
-    with an empty list.
+    A classifier with pooling "extract" becomes a new one with the same weights and pooling "last". Its input ends in
+    the extract token, so both read the same token. The new one has no language-model loss (`lm_weight` is 0). If
+    `model` has one, `left_out` names this loss and, if it is not tied to the token embedding, the output layer. Other
+    models are returned as they are, with an empty list.
     """
     config: GPTConfig = model.config
     if not isinstance(model, GPTForSequenceClassification) or config.pooling != "extract":

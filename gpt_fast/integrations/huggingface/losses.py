@@ -71,7 +71,7 @@ def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     It is a language model with a multiple-choice head. The call may have an additional argument `logits`. False
     computes the language model's loss from hidden states, and its logits when code reads them. True runs the forward of
     the class. The default is False in training and True in evaluation. The forward of the class also runs, whatever
-    `logits` is, if the call has no labels or asks for a tuple.
+    `logits` is, if the call asks for a tuple or has no `labels`, even if it has `mc_labels`.
     """
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
@@ -82,7 +82,7 @@ def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     It is a language model with a multiple-choice head. The call may have an additional argument `logits`. False
     computes the language model's loss from hidden states, and its logits when code reads them. True runs the forward of
     the class. The default is False in training and True in evaluation. The forward of the class also runs, whatever
-    `logits` is, if the call has no labels or asks for a tuple.
+    `logits` is, if the call asks for a tuple or has no `labels`, even if it has `mc_labels`.
     """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
@@ -197,8 +197,8 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
 def _trunk(model: Any, head: Head, call: dict) -> Any:
     """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes.
 
-    `head` is the `Head` of the model's class. `call` holds the arguments of the model's call by name, of which labels
-    and other arguments of the loss are left out.
+    `head` is the `Head` of the model's class. `call` holds the arguments of the model's call by name. Labels and other
+    arguments of the loss may be among them; this function does not pass them to the trunk.
     """
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
     return model.get_submodule(head.trunk)(**names)
@@ -316,9 +316,8 @@ _BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transf
 def _is_read_by_wrapper() -> bool:
     """Return True if the code that reads the logits belongs to DDP, FSDP or Accelerate, which copy a model's output.
 
-    The call stack tells who reads: the nearest frame outside of modules that read outputs on behalf of a caller, such
-    as `dataclasses` and this one. Accelerate's function `convert_to_fp32` counts as a wrapper, too. The result is False
-    if no frame is left.
+    The nearest frame of the call stack that is not skipped belongs to the reader. Frames of Python modules that read an
+    output for their caller, such as `dataclasses`, are skipped. Accelerate's `convert_to_fp32` is not skipped.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:

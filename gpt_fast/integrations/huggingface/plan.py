@@ -27,7 +27,7 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     this function for the trunk inside a model separately.
 
     `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or left
-    alone. A `Patch` holds a module and its new forward.
+    alone. A `Patch` holds a module, its new forward and attributes to set.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -133,7 +133,7 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
 
     `name` is the path of `model` in the whole model. `report` gets an entry for the output layer. The patch has no
     forward if the loss has to be computed from logits: the model or its output layer is not plain, or another loss
-    function is set. A `Patch` holds a module and its new forward.
+    function is set. A `Patch` holds a module, its new forward and attributes to set.
     """
     output = getattr(model, head.output)
     reason = why_foreign(model, head.kind) or _plain.why_not_plain(output, nn.Linear)

@@ -56,8 +56,8 @@ def opt_layer_forward(
     """Run `self`, a layer of OPT or BioGPT, on `gpt_fast.ops`: `hidden_states` [B, T, C] → [B, T, C].
 
     The arguments are the same as in transformers' forward, which runs instead, with a warning, if the ops do not
-    support the call. `attention_mask` is transformers' mask of four dimensions, or None. The cache, `past_key_values`
-    if given and else `cache`, is extended in place.
+    support the call. `attention_mask` is transformers' mask of four dimensions, or None. `cache` is transformers'
+    key-value cache, which is extended in place. A `past_key_values` in `kwargs` takes its place if both are given.
     """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
@@ -328,9 +328,9 @@ def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[
     mask, as `ops.attention` takes them. Without a mask attention is causal. Outside of graphs the result is also stored
     as an attribute of the tensor `mask`, for the other blocks of the pass.
 
-    Reasons are a request for attention probabilities, non-causal attention, and another attention implementation than
+    Reasons in the configuration are output_attentions=True, is_causal=False, and another attention implementation than
     sdpa or eager. Others are a cache that is no `DynamicCache` or comes under gradient checkpointing, several queries
-    with older keys and no mask, and a mask of another shape or with other values.
+    after cached keys without a mask, and a mask of another shape or with other values.
     """
     config = attn.config
     if getattr(config, "output_attentions", False):
@@ -404,10 +404,10 @@ def _why_unknown(options: dict, known: tuple[str, ...]) -> str | None:
 
 
 def _why_called(attn: Any, *around: Any) -> str | None:
-    """Return why `attn` or one of the modules `around` it has to be called, or None if ops may replace the call.
+    """Return why `attn` or one of the modules `around` it has to be called, or None if ops may replace these calls.
 
-    Reasons are hooks, a forward of its own, and an attention dropout that is no `nn.Dropout`, has hooks or drops
-    everything.
+    `attn` is the attention module, and `around` are the modules inside the block that contain it. Reasons are hooks or
+    a forward set on one of them, and an `attn.attn_dropout` that is no `nn.Dropout`, has hooks or drops everything.
     """
     drop = attn.attn_dropout
     if _plain.class_of(drop) is not nn.Dropout or _plain.is_hooked(drop) or drop.p >= 1:
@@ -418,10 +418,10 @@ def _why_called(attn: Any, *around: Any) -> str | None:
 
 
 def _as_transformers_has_it(block: Any, reason: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Return the result of the block's own forward for this call.
+    """Return the result of the forward that transformers defines for the block's class, called with the arguments.
 
-    Warn that the call runs this way because of `reason`, except in a compiled graph. `reason` is a text: the callers
-    never pass None. `args` and `kwargs` are the arguments of the call.
+    Warn that the call runs this way because of `reason`, except in a compiled graph. `reason` is never None, but type
+    checkers cannot infer that from the callers.
     """
     if not torch.compiler.is_compiling():
         warnings.warn(
@@ -573,8 +573,8 @@ def _note_block(path: str, block: Any, report: Report) -> None:
 def _why_no_norm(norm: Any) -> str | None:
     """Return why the op of LayerNorm cannot replace `norm`, or None if it can.
 
-    Reasons are ImageGPT's norm, which subtracts no mean, another class, hooks, an own forward, and several normalised
-    dimensions.
+    Reasons are another class than `nn.LayerNorm` (ImageGPT's norm subtracts no mean), hooks, a forward set on the
+    instance, and several normalised dimensions.
     """
     if isinstance(norm, imagegpt.ImageGPTLayerNorm):
         return "divides by the root mean square without subtracting the mean: called"

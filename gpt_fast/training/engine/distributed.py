@@ -134,9 +134,9 @@ class World:
     def release(self) -> None:
         """Delete the gradient reducers of the DDP modules that `wrap` made, while the process group still exists.
 
-        The modules cannot train afterwards. Without DDP modules, nothing is done. A reducer that is freed last frees
-        the group with it, holds the GIL meanwhile, and waits for a thread of gloo. After a rank was lost, that thread
-        waits for the GIL to free a sum of gradients, and the process would not end.
+        The modules cannot train afterwards. Without DDP modules, nothing is done. A reducer that outlived the group's
+        other owners would free the group. After a rank was lost, that can deadlock: the reducer holds the GIL while it
+        waits for a thread of gloo, and that thread waits for the GIL. The process would never end.
         """
         for module in self.wrapped:
             module.reducer = module.logger = None  # type: ignore[assignment]

@@ -50,10 +50,10 @@ class Sender:
         return Sent(parts, counts, tokens, arrived)
 
     def receive(self, sent: Sent) -> tuple[list[Batch], Tensor]:
-        """Return (parts, counts): the batches that `send` copied, and their counts of predictions [parts, terms].
+        """Return (batches, counts), both on the device, for `sent`, the handle that `send` returned.
 
-        `sent` is the handle that `send` returned. Both results are on the device. On CUDA, kernels that are launched on
-        the current stream from now on wait for the copy. The host does not wait.
+        Row i of `counts` [len(batches), terms] says how many predictions each term of the loss has in batch i. On CUDA,
+        kernels that are launched on the current stream from now on wait for the copy. The host does not wait.
         """
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.device)

@@ -109,8 +109,8 @@ class Engine:
 
         `batches` are the micro-batches of this rank, or the handle that `send` returned for them. `lr` is AdamW's
         learning rate, before the factor of each parameter group. Muon's rate keeps its ratio to it. Each term of the
-        loss is the mean over all of its predictions, so the gradient does not depend on how the batch is divided. A
-        batch of weight 0 does not count. The model is left in training mode.
+        loss is the mean over all of its predictions, so the gradient does not depend on how the batch is divided.
+        Predictions in a batch whose `weight` is 0 do not count. The model is left in training mode.
 
         Return an `Outcome` of scalars on the device: (mean loss, norm of the gradient before clipping, skipped).
         `skipped` is 1.0 if the loss or the norm is not finite, and then no weight was changed; else it is 0.0. On CUDA
@@ -175,10 +175,10 @@ class Engine:
     def _step(self, loss: Tensor) -> Outcome:
         """Clip the gradients and step the optimizers, or skip the update if the loss or the gradient is not finite.
 
-        `loss` is this rank's share of the mean loss. The gradients of the model have been multiplied by the float16
-        loss scale and averaged over the ranks; they are changed in place. In float16 the loss scale is adjusted
-        afterwards. Return (loss, norm, skipped), scalars on the device. `loss` is then the sum of all ranks' shares,
-        and `norm` is that of the gradient before clipping, without the loss scale. `skipped` is 1.0 if the update was
+        `loss` is this rank's share: the shares of all ranks sum to the mean loss. The model holds the gradient of that
+        sum times the float16 loss scale; clipping changes it in place. In float16 the loss scale is adjusted
+        afterwards. Return (loss, norm, skipped), scalars on the device. The returned `loss` is the sum of the shares.
+        `norm` is the norm of the gradient before clipping, without the loss scale. `skipped` is 1.0 if the update was
         skipped, else 0.0.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]

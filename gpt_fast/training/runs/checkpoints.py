@@ -221,7 +221,7 @@ def _sum_of(manifest: dict[str, Any]) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints in `folder`, and all hidden folders, such as half-written ones.
+    """Remove all but the newest `keep` checkpoints in `folder`, and folders of half-written or removed ones.
 
     Newest is the one that the file `latest` names, then those of the latest updates. A checkpoint is renamed before its
     files are deleted, so no checkpoint is ever seen without some of its files.
@@ -229,5 +229,5 @@ def _prune(folder: Path, keep: int) -> None:
     for path in list(newest_first(folder))[keep:]:
         path.rename(folder / f".{path.name}.removed")
     for path in folder.iterdir():
-        if path.is_dir() and path.name.startswith("."):
+        if path.is_dir() and path.name.startswith(f".{_PREFIX}"):
             shutil.rmtree(path)

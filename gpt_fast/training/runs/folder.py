@@ -161,13 +161,14 @@ def new_run(
     """Yield a run in a hidden folder, which takes its place `out` at the end of the block, or when `publish` is called.
 
     If the block raises before a checkpoint is written, the new folder is deleted, and a run that was at `out` before is
-    there again. `overwrite` replaces a run, but never a folder that holds anything else. `resume` yields the run at
-    `out` if it has a checkpoint, and replaces it if it is unfinished and has none. A resumed run is never deleted. A
-    run that a killed --overwrite moved away is put back first. Missing parent folders are made. The folder is locked
-    against other processes inside the block. `resume_command` is shown to the user after an interruption.
+    there again. `overwrite` replaces a run, but never a folder that holds anything else. With `resume`, a run at `out`
+    with a checkpoint is yielded itself, and is never deleted. `resume` replaces an unfinished run without a checkpoint,
+    and begins a new run if there is none. A run that a killed --overwrite moved away is put back first. The folder is
+    locked against other processes inside the block. `resume_command` is shown to the user after an interruption.
 
-    Raise `FileExistsError` if `out` holds something else, or a run that neither option allows to replace. Raise
-    `ValueError` if both options are given, another process trains there, or nothing can be written there.
+    Raise `FileExistsError` if `out` holds anything but a run, or if it holds a run and neither option is given. Also
+    raise it with `resume` if the run is finished and has no checkpoint. Raise `ValueError` if both options are given,
+    another process trains there, or nothing can be written there.
     """
     out = out.resolve()
     if overwrite and resume:

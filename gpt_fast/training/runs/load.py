@@ -119,8 +119,8 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
 def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
     """Return a model of class `head` with the weights of the run in `source`. The caller adds an adapter to it.
 
-    The weights are the same at each call, because an adapter is saved without them. Those that the run lacks, for a new
-    head or for special tokens, are drawn on the CPU with the seed 0. torch's random state is restored afterwards.
+    Each call returns the same weights, so that an adapter can be saved without them. Weights that the run lacks, such
+    as embeddings of special tokens, are drawn on the CPU with the seed 0. torch's random state is restored afterwards.
     `overrides` replace fields of the run's configuration.
     """
     with torch.random.fork_rng(devices=[]):
@@ -206,8 +206,8 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
     """Return the tokenizer of a run folder. Raise `ValueError` if it has more tokens than `model` has embeddings.
 
-    This library adds its special tokens, and perhaps `<|unk|>`, to every tokenizer. A model of another library, which
-    has no extract token, has no embeddings for them. No text contains them, so for this model they do not count.
+    If `model` has no extract token, the tokens that this library adds to every tokenizer are not counted: its special
+    tokens, and perhaps `<|unk|>`. Such a model comes from another library and has no embeddings for them.
     """
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
     added = 0
