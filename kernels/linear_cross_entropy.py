@@ -212,10 +212,10 @@ def _gradient_kernel(
     them writes zeros for its other rows. A block that holds none writes nothing, also not to partial.
 
     `targets_ptr` [R] holds the targets of the chunk's rows. If `dloss_ptr` is given, it holds the upstream gradient of
-    the loss of each row of x, else the upstream gradient is 1. `index_ptr` has the index in x of each row whose target
-    is not ignored. If `partial_ptr` is given, the sum over a block's rows, without FACTOR, goes to partial [blocks, V],
-    for the gradient of the bias. `smoothing` is the label smoothing. PRECISION is "interpreter" in Triton's
-    interpreter, which rounds to bfloat16 in its own way.
+    the loss of each row of x, else the upstream gradient is 1. `index_ptr` has the indices in x of the rows of all
+    chunks whose target is not ignored, of which the chunk reads those from `first` on. If `partial_ptr` is given, the
+    sum over a block's rows, without FACTOR, goes to partial [blocks, V], for the gradient of the bias. `smoothing` is
+    the label smoothing. PRECISION is that of `gemm.cast`.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

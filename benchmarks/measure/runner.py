@@ -189,8 +189,9 @@ def _take_turns(
     """Time one pass of every implementation, in turns. Return {implementation: summary of its times}.
 
     `functions` maps an implementation to its function. `inputs` has tuples of arguments; the calls of every function
-    use each tuple in turn. `passes` names the pass. `before` runs untimed before each call, unless it is None. `budget`
-    sets the number of rounds. With `replays`, calls are timed as CUDA graphs if they can be captured.
+    use each tuple in turn. `passes` is the pass that is timed, such as "forward" or "step". `before` runs untimed
+    before each call, unless it is None. `budget` sets the number of rounds. With `replays`, calls are timed as CUDA
+    graphs if they can be captured.
 
     A summary has "median", "q1", "q3" and "first" (the first call) in seconds, and the number of "rounds". If gpt_fast
     is timed too, the others also have "to_ours": median and quartiles of the ratio to its time. If graphs were timed,

@@ -57,9 +57,12 @@ def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
 
     Every weight of a matrix product is read once and has `element` bytes, which may be a fraction. No other bytes
     count. The result's `bound` is "read": the speed limit for the bytes is the read bandwidth. The output layer is
-    applied to the last position of each row only.
+    applied to the last position of each row only. Of the other positions the last layer computes nothing but keys and
+    values.
     """
-    return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
+    C, F, others = config.hidden_dim, config.ff_dim, B * (T - 1)
+    left_out = others * 2 * (2 * C * C + 2 * C * F) + 4 * C * others * T // 2
+    return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B) - left_out, "read")
 
 
 def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, cache_element: int) -> Work:

@@ -100,7 +100,12 @@ def test_model_work_follows_the_printed_formula(monkeypatch):
     # Two tokens after a prompt of five read every weight twice, and the keys and values of 5 and of 6 tokens.
     decoding = counts.decoding(SMALL, 1, 5, 2, 2, 4)
     assert decoding.bytes == 2 * 2 * N + 4 * 2 * L * C * (5 + 6)
-    assert decoding.bound == work("prefill", "step", model="small", B=1, T=5).bound == "read"
+    # In the last layer of a prompt four tokens of each row need 2 C² parameters, keys and values, and no attention.
+    prompt = work("prefill", "step", model="small", B=2, T=5)
+    assert decoding.bound == prompt.bound == "read"
+    layer, pairs = 12 * C * C, 1 + 2 + 3 + 4 + 5
+    products = 5 * (L - 1) * layer + layer + 4 * 2 * C * C + SMALL.num_tokens * C
+    assert prompt.flops == 2 * (2 * products + 4 * C * ((L - 1) * pairs + 5))
 
 
 # ---- the catalogue
