@@ -16,6 +16,8 @@ FAULTS = (
     Fault("queries of two rows attended together", SESSION, "place(i + k) == at + k && work.row[at + k] == work.row[at]", "place(i + k) == at + k", "bits_of_steps"),
     Fault("queries with others between them attended together", SESSION, "place(i + k) == at + k && work.row[at + k]", "work.row[at + k]", "chosen_tokens"),
     Fault("the last layer continues with the first tokens", SESSION, "places == nullptr ? i : places[i]", "places == nullptr ? i : i", "chosen_tokens"),
+    Fault("queries of the last layer kept for the first tokens", SESSION, "put_qkv(place(i), begin, y, count)", "put_qkv(i, begin, y, count)", "chosen_tokens"),
+    Fault("norms taken twice of the last queries", SESSION, "w.pre_norm ? first : nullptr, false, places}", "first, false, places}", "chosen_tokens"),
     Fault("the last MLP reads the first tokens", SESSION, "!w.pre_norm, places}", "!w.pre_norm, nullptr}", "chosen_tokens"),
     Fault("the first norm before the MLP", SESSION, "w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm", "&block.norm1, !w.pre_norm", "step_by_step"),
     Fault("no activation", SESSION, "activate_row(w.activation, y, count); }", "activate_row(w.activation, y, 0 * count); }", "step_by_step"),

@@ -480,15 +480,15 @@ def test_prompts_of_many_tokens_are_read_in_pieces(weights):
         )
 
 
-@pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
+@pytest.mark.parametrize(("preset", "hidden_dim"), [("gpt1", 32), ("gpt2", 32), ("gpt2", 36)])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_logits_after_chosen_tokens_of_a_prompt(weights, preset):
+def test_logits_after_chosen_tokens_of_a_prompt(weights, preset, hidden_dim):
     """The last layer computes only the tokens whose logits are returned. They have the bits that steps give them.
 
     Two prompts of 30 tokens, with logits after no token, after one, after 13 tokens in a row and after tokens apart.
-    The cache is the same each time.
+    The cache is the same each time. At width 36 queries, keys and values share vectors of weights.
     """
-    model = make_model(preset, hidden_dim=32, num_heads=2)
+    model = make_model(preset, hidden_dim=hidden_dim, num_heads=2)
     tokens = torch.randint(0, V, (2, 30))
     by_steps = DecodeSession(model, batch=2, weights=weights)
     expected = torch.stack([by_steps.step(tokens[:, t]) for t in range(30)], dim=1).flatten(0, 1)

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -317,15 +318,22 @@ class DecodeSession {
         });
   }
 
-  // The product of n vectors with a matrix: change(y, count), then write(i, c, y, count) for each vector's values from
-  // c on. A few vectors every thread prepares for itself, which is cheaper than to wait for another.
+  // Panels of a matrix, `kVec` of its rows each.
+  struct Panels {
+    int64_t first = 0, last = std::numeric_limits<int64_t>::max();  // those before `last`
+  };
+
+  // The product of n vectors with the panels of a matrix: change(y, count), then write(i, c, y, count) for each
+  // vector's values from c on. A few vectors every thread prepares for itself, which is cheaper than to wait for
+  // another.
   template <class Format, class Change, class Write>
   void product(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n, const Change& change,
-               const Write& write) {
+               const Write& write, const Panels& range = {}) {
     const bool together = source.words != nullptr || n > kPreparedAlone || source.stores;
     if (together && source.words == nullptr) prepare_together<Format>(walker, linear, source, n);
     const Matrix<Format> matrix = linear.matrix<Format>();
-    const int64_t panels = matrix.panels(), bytes = linear.words * kVec * static_cast<int64_t>(sizeof(Word));
+    const int64_t first = range.first, last = std::min(range.last, matrix.panels()), panels = last - first;
+    const int64_t bytes = linear.words * kVec * static_cast<int64_t>(sizeof(Word));
     int64_t count = std::max<int64_t>(1, kPieceBytes / bytes);  // panels of a piece
     if (count > kTilePanels) count = count / kTilePanels * kTilePanels;
     if (n > Format::kTileVectors) count = kTilePanels;
@@ -339,13 +347,15 @@ class DecodeSession {
           prepared = true;
           const Word* words = source.words != nullptr ? source.words : (together ? inputs_ : own.inputs).data();
           const Inputs inputs{words, (together ? scale_ : own.scale).data()};
-          const int64_t begin = piece * count, end = std::min(panels, begin + count), width = (end - begin) * kVec;
+          const int64_t begin = first + piece * count, end = std::min(last, begin + count);
+          const int64_t width = (end - begin) * kVec;
           float* y = sized(own.y, n * width);
           multiply(matrix, begin, end, inputs, n, y);
           for (int64_t i = 0; i < n; ++i) change(y + i * width, std::min(width, linear.N - begin * kVec));
         },
         [&](int64_t piece) {
-          const int64_t begin = piece * count, end = std::min(panels, begin + count), width = (end - begin) * kVec;
+          const int64_t begin = first + piece * count, end = std::min(last, begin + count);
+          const int64_t width = (end - begin) * kVec;
           const float* y = scratch().y.data();
           for (int64_t i = 0; i < n; ++i) {
             write(i, begin * kVec, y + i * width, std::min(width, linear.N - begin * kVec));
@@ -392,22 +402,6 @@ class DecodeSession {
         return (((layer * B_ + work.row[i]) * H) + head) * S_ * D;
       };
 
-      const Norm* first = w.pre_norm ? &block.norm1 : pending;
-      product<Format>(walker, block.qkv, {x_.data(), first, !w.pre_norm && first != nullptr}, n, unchanged,
-                      [&](int64_t i, int64_t begin, const float* y, int64_t count) {
-                        for (int64_t c = begin, end = begin + count; c < end;) {  // pieces of one head's values
-                          const int64_t part = c / C, head = c % C / D, d = c % D, length = std::min(D - d, end - c);
-                          const float* values_here = y + c - begin;
-                          if (part == 0) {
-                            float* q = q_.data() + i * C + c;
-                            for (int64_t e = 0; e < length; ++e) q[e] = values_here[e] * scale;
-                          } else {
-                            cache_t* row = (part == 1 ? keys : values) + cached(i, head) + work.position[i] * D + d;
-                            round_row(values_here, row, length);
-                          }
-                          c += length;
-                        }
-                      });
       // Other tokens' keys and values are all that the last layer owes to the tokens whose logits are computed.
       const bool is_last = layer == L - 1;
       const int64_t* const places = is_last ? work.ends.data() : nullptr;
@@ -417,6 +411,33 @@ class DecodeSession {
         float* x = x_.data() + place(i) * C + c;
         at::vec::map2<float>(add, x, x, y, count);
       };
+
+      const auto put_qkv = [&](int64_t i, int64_t begin, const float* y, int64_t count) {
+        for (int64_t c = begin, end = begin + count; c < end;) {  // pieces of one head's values
+          const int64_t part = c / C, head = c % C / D, d = c % D, length = std::min(D - d, end - c);
+          const float* values_here = y + c - begin;
+          if (part == 0) {
+            float* q = q_.data() + i * C + c;
+            for (int64_t e = 0; e < length; ++e) q[e] = values_here[e] * scale;
+          } else {
+            cache_t* row = (part == 1 ? keys : values) + cached(i, head) + work.position[i] * D + d;
+            round_row(values_here, row, length);
+          }
+          c += length;
+        }
+      };
+      const Norm* first = w.pre_norm ? &block.norm1 : pending;
+      const Source inputs{x_.data(), first, !w.pre_norm && first != nullptr};
+      if (rest > 0 && rest < n && C % kVec == 0) {
+        const int64_t queries = C / kVec;
+        product<Format>(walker, block.qkv, inputs, n, unchanged, put_qkv, {queries});
+        product<Format>(
+            walker, block.qkv, {x_.data(), w.pre_norm ? first : nullptr, false, places}, rest, unchanged,
+            [&](int64_t i, int64_t begin, const float* y, int64_t count) { put_qkv(place(i), begin, y, count); },
+            {0, queries});
+      } else {
+        product<Format>(walker, block.qkv, inputs, n, unchanged, put_qkv);
+      }
       if (rest == 0) break;
       const int64_t groups = ceil_div(rest, kQueries);
       walker.phase(
@@ -430,7 +451,9 @@ class DecodeSession {
             for (int64_t i = begin, count; i < end; i += count) {
               const int64_t at = place(i), base = cached(at, head), keys_here = work.position[at] + 1;
               const float* q = q_.data() + at * C + head * D;
-              const auto follows = [&](int64_t k) { return place(i + k) == at + k && work.row[at + k] == work.row[at]; };
+              const auto follows = [&](int64_t k) {
+                return place(i + k) == at + k && work.row[at + k] == work.row[at];
+              };
               for (count = 1; i + count < end && count < kQueriesTogether && follows(count);) ++count;
               if (fits && count >= kFewestTogether) {  // a row's tokens follow one another
                 attend_together(q, C, count, keys + base, values + base, keys_here, D, memory, out + (i - begin) * D);
