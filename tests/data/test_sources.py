@@ -370,6 +370,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
 }
 
 
+@pytest.mark.parametrize("characters", [10, 100_000])
+def test_a_json_file_with_one_row(tmp_path, characters):
+    """The row may be longer than the block by which other files are told apart, and blank lines may surround it."""
+    path = tmp_path / "a.json"
+    path.write_text("\n" + json.dumps({"text": "a" * characters}) + "\n\n")
+    assert files.kind_of(files.TextFile(path, path.name)) == "jsonl"
+    path.write_text(path.read_text() + "x")
+    with pytest.raises(ValueError, match=r"a\.json: one JSON value; expected an array of rows"):
+        files.kind_of(files.TextFile(path, path.name))
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_files_that_are_not_text(tmp_path, case):
     """prepare, pretrain and evaluate refuse these files in the same words and leave nothing."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt_fast.data import labels, tables
-from gpt_fast.data.reading import files, rows
+from gpt_fast.data.reading import files, nested, rows
 from gpt_fast.data.tables import TableOptions
 from gpt_fast.training import table_examples, tasks
 
@@ -511,6 +511,12 @@ def test_arc(tmp_path):
         "question": ["Which?"], "choices": [{"text": list("wxyz"), "label": list("ABCD")}], "answerKey": ["C"],
     }  # fmt: skip
     assert load(write_parquet(tmp_path / "arc.parquet", copy), "multiple-choice", answers="0")[2] == [2]
+
+
+@pytest.mark.parametrize("choices", [None, [], ["w", "x"], [{"text": "w"}]], ids=str)
+def test_a_question_without_arcs_choices_is_left_alone(choices):
+    row = {"question": {"stem": "Which?", "choices": choices}, "answerKey": "A"}
+    assert list(nested.unnested("row 1", row)) == [("row 1", row)]
 
 
 def test_nested_values_are_written_as_json(tmp_path):

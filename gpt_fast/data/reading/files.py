@@ -147,7 +147,7 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
             return form
         if in_folder:
             return "text"
-        if form == "object" and b"\n" not in head.strip() and _is_object(head):
+        if form == "object" and _is_one_row(file):
             return "jsonl"
         raise ValueError(
             f"{file}: one JSON value; expected an array of rows, or a row on each line (named .txt it is read as text)"
@@ -363,6 +363,14 @@ def _named_damage(file: TextFile) -> Iterator[None]:
         if error.errno is not None:  # the disk's, not the archive's
             raise
         raise ValueError(f"{file}: damaged, or not what its name says ({error})") from None
+
+
+def _is_one_row(file: TextFile) -> bool:
+    """Return True if the file holds one JSON object on a single line, and nothing but blank lines beside it."""
+    with open_utf8(file) as opened:
+        lines = (line.strip() for line in iter(lambda: opened.readline(ROW), b""))
+        first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
+    return not second and _is_object(first)
 
 
 def _is_object(line: bytes) -> bool:

@@ -60,10 +60,9 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
             several = {"question": question, "options": [*options, None][0], "answer": [*answers, None][0]}
             yield f"{place}, question {number + 1}", {"id": row.get("id"), "article": row["article"], **several}
         return
-    stem = row.get("question")
-    if isinstance(stem, dict) and "stem" in stem:
-        row = row | {"question": stem["stem"]}
-        choices = stem.get("choices")
+    question = row.get("question")
+    if isinstance(question, dict) and "stem" in question:
+        question, choices = question["stem"], question.get("choices")
     if (
         isinstance(choices, list)
         and choices
@@ -71,7 +70,7 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
     ):
         choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
     if isinstance(choices, dict) and all(isinstance(choices.get(name), list) for name in ("text", "label")):
-        row = row | {"choices": choices["text"]}
+        row = row | {"choices": choices["text"]} | ({"question": question} if "question" in row else {})
         if row.get("answerKey") in choices["label"]:  # some of ARC's rows count from 1, most have letters
             row["answer"] = choices["label"].index(row["answerKey"])
     yield place, row
