@@ -208,9 +208,9 @@ lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
 
 .PHONY: format
 format: $(VENV)/.stamp-package  ## ruff and clang-format, rewriting
-	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP) $(FAKE_CPP)
+	$(PY) -m ruff check --fix .  # last, because it stops at what it cannot mend
 
 .PHONY: types
 types: $(VENV)/.stamp-package  ## mypy
