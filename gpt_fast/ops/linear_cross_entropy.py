@@ -230,7 +230,7 @@ def _forward_flops(
 ):
     """Return the FLOPs of the loss, and of dx and dweight if they are needed. Tensors are given as shapes.
 
-    The arguments are those of the operator. The gradient of the bias counts nothing.
+    The operator's arguments are passed. The gradient of the bias counts nothing.
     """
     return (1 + needs_x + needs_weight) * _flops.product(x, weight)
 
@@ -240,7 +240,7 @@ def _backward_flops(
 ):
     """Return the FLOPs of dx and dweight, if needed, for reduction "none". Other reductions count them in forward.
 
-    The arguments are those of the operator, with shapes in place of tensors. The gradient of the bias counts nothing.
+    The operator's arguments are passed, with shapes in place of tensors. The gradient of the bias counts nothing.
     """
     return (needs_x + needs_weight) * _flops.product(x, weight)
 
